@@ -1,0 +1,146 @@
+"""``python -m bench forward``: one row a shape, ours beside the peers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import accuracy, host, peers, report, results, shapes
+from bench.problem import Inputs, Problem, make_inputs
+from bench.timing import MakeVersion, Timer, Timing
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SECONDS_A_ROW = {"short": 0.2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the forward bench."""
+    parser.add_argument("--set", default="standard", help=f"one or more of {','.join(shapes.TABLES)}; or all")
+    parser.add_argument("--dtype", default="bf16", help="one or more of bf16,fp16,fp32 (fp32: CPU only)")
+    parser.add_argument("--peers", default=None, help="one or more of cudnn,fa2,fa3,fa4,torch; or none")
+    parser.add_argument("--only", default="", help="phrases that a row must hold, as 'causal, d 128, s 4096'")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--library", help="a libtilewright_ops.so to load instead of the installed package")
+    parser.add_argument("--quick", action="store_true", help="a few rows, briefly; never saved")
+    parser.add_argument(
+        "--save", nargs="?", type=Path, const=results.RESULTS, help="record the results (in bench/results)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the chosen sets; 1 if ours failed on any row."""
+    names = list(shapes.TABLES) if args.set == "all" else args.set.split(",")
+    unknown = [name for name in names if name not in shapes.TABLES]
+    if unknown:
+        sys.exit(f"bench: no set {', '.join(unknown)}; there are {', '.join(shapes.TABLES)}")
+    if args.save and (args.quick or args.only):
+        sys.exit("bench: a part of a set is not saved; leave out --save, or --quick and --only")
+    default = "torch" if args.device == "cpu" else "cudnn,fa2,fa3,fa4"
+    wanted = [name for name in (args.peers or default).split(",") if name != "none"]
+    loaded, built = peers.load_tilewright(args.library)
+    if built not in (None, results.kernel_id()):
+        print(f"bench: the installed package was built from other kernels, {built}", file=sys.stderr)
+        if args.save:
+            sys.exit("bench: results are saved for the kernels of this tree only; install it again")
+    found, missing = peers.available(wanted)
+    print(f"tilewright forward on {results.device_name(args.device)}, kernels {results.kernel_id()} ({loaded})")
+    print(f"peers: {', '.join(f'{name} {peers.peer_version(name)}' for name in found) or 'none'}")
+    for name, why in missing.items():
+        print(f"  {name} is not there: {why[:200]}")
+
+    timer = Timer(args.device)
+    failed = False
+    for dtype in args.dtype.split(","):
+        for name in names:
+            run = {"accuracy": accuracy.run, "host": host.run}.get(name, run_set)
+            entry = run(args, name, DTYPES[dtype], found, timer)
+            failed |= any(row["tflops"] is None for row in entry["rows"] if "tflops" in row)
+            if args.save:
+                entry["versions"] = results.versions(args.device, {n: peers.peer_version(n) for n in found})
+                path = results.save(args.save, args.device, "forward", f"{name}-{dtype}", entry)
+                print(f"saved to {path}")
+    return int(failed)
+
+
+@torch.no_grad()
+def run_set(
+    args: argparse.Namespace, name: str, dtype: torch.dtype, found: dict[str, peers.Adapter], timer: Timer
+) -> dict:
+    """Times one set; prints a row as it is ready; returns the entry to save."""
+    roofs = timer.roofs(dtype)
+    adapters = {"ours": peers.ours, **found}
+    if name == "varlen":
+        adapters["unpacked"] = peers.unpacked
+    print(
+        f"\n{name}, {str(dtype).removeprefix('torch.')}; roofs in this run: matrix product "
+        f"{report.number(roofs['matmul_tflops'])} TFLOP/s, copy {report.number(roofs['copy_gbs'])} GB/s"
+    )
+    table = report.Table([other for other in adapters if other != "ours"])
+    rows = []
+    seconds = 0.05 if args.quick else SECONDS_A_ROW.get(name, 0.5)
+    for problem in shapes.chosen(name, args.device, args.quick, args.only):
+        timing = timer.measure(_versions(problem, dtype, args.device, adapters), seconds)
+        rows.append(_row(problem, dtype, timing, roofs))
+        table.print(rows[-1])
+    report.print_summary(rows)
+    report.print_errors(rows)
+    return {"roofs": {key: float(f"{value:.4g}") for key, value in roofs.items()}, "rows": rows}
+
+
+def _versions(
+    problem: Problem, dtype: torch.dtype, device: str, adapters: dict[str, peers.Adapter]
+) -> dict[str, MakeVersion]:
+    sets: dict[int, Inputs] = {}
+
+    def inputs(index: int) -> Inputs:
+        if index not in sets:
+            sets[index] = make_inputs(problem, dtype, device, seed=index)
+        return sets[index]
+
+    versions = {}
+    for name, adapter in adapters.items():
+        try:
+            adapter(problem, inputs(0))
+        except peers.Unsupported:
+            continue
+        versions[name] = lambda index, adapter=adapter: adapter(problem, inputs(index))
+    return versions
+
+
+def _row(problem: Problem, dtype: torch.dtype, timing: Timing, roofs: dict[str, float]) -> dict:
+    flops, size = problem.flops(), problem.bytes(dtype.itemsize)
+    seconds = timing.seconds.get("ours")
+
+    def tflops(value: float | None) -> float | None:
+        return None if value is None else float(f"{flops / value / 1e12:.4g}")
+
+    others = {name: value for name, value in timing.seconds.items() if name != "ours"}
+    # "unpacked" is ours on other tensors: shown, but no peer.
+    best = min((value for name, value in others.items() if value and name != "unpacked"), default=None)
+    floor = max(flops / roofs["matmul_tflops"] / 1e12, size / roofs["copy_gbs"] / 1e9)
+    row = {
+        "group": problem.group,
+        "mask": problem.mask,
+        "shape": problem.shape,
+        "seqlen": max(length[0] for length in problem.lengths),
+        "us": None if seconds is None else round(seconds * 1e6, 2),
+        "tflops": tflops(seconds),
+        "gbs": None if seconds is None else float(f"{size / seconds / 1e9:.4g}"),
+        "roof": None if seconds is None else round(floor / seconds, 3),
+        "mhz": timing.clock_mhz,
+        "pipe": None,
+        "peers": {name: tflops(value) for name, value in others.items()},
+        "ratio": None if not (best and seconds) else round(best / seconds, 3),
+        "graph": "graph" in timing.method,
+        "rounds": timing.rounds,
+    }
+    if seconds and timing.clock_mhz:
+        # Hopper's tensor cores do 4,096 bf16 or fp16 operations a clock and SM.
+        sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        row["pipe"] = round(flops / seconds / (4096 * sms * timing.clock_mhz * 1e6), 3)
+    if timing.errors:
+        row["errors"] = timing.errors
+    return row

@@ -1,0 +1,45 @@
+// The part of tilewright that is no tensor operator. It knows nothing of torch.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "kernels/forward/select.h"
+
+namespace {
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+pybind11::dict build_info() {
+  using namespace pybind11::literals;
+  const std::string cuda_version = TILEWRIGHT_CUDA_VERSION;
+  return pybind11::dict("version"_a = TILEWRIGHT_VERSION, "kernel_id"_a = TILEWRIGHT_KERNEL_ID,
+                        "cuda"_a = !cuda_version.empty(), "cuda_version"_a = cuda_version,
+                        "archs"_a = split(TILEWRIGHT_ARCHS), "kernels"_a = split(TILEWRIGHT_KERNELS),
+                        "compiler"_a = "gcc " __VERSION__);
+}
+
+// What kernels/forward/select.h picks for a problem.
+pybind11::dict forward_tile(int head_dim, int head_dim_v, bool softcap) {
+  using namespace pybind11::literals;
+  const tilewright::ForwardTile tile = tilewright::forward_tile(head_dim, head_dim_v, softcap);
+  if (tile.tile_m == 0) throw pybind11::value_error("head_dim and head_dim_v must be at most 256");
+  return pybind11::dict("head_dim"_a = tile.head_dim, "head_dim_v"_a = tile.head_dim_v, "tile_m"_a = tile.tile_m,
+                        "tile_n"_a = tile.tile_n, "stages_k"_a = tile.stages_k, "stages_v"_a = tile.stages_v);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_tilewright, module) {
+  module.def("build_info", &build_info, "What this binary was built from and what it holds.");
+  module.def("forward_tile", &forward_tile, pybind11::arg("head_dim"), pybind11::arg("head_dim_v"),
+             pybind11::arg("softcap") = false, "The tile that the Hopper forward uses for a problem.");
+}

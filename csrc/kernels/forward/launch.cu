@@ -1,0 +1,155 @@
+#include "kernels/forward/launch.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <iterator>
+
+#include "kernels/forward/launch_sm90.h"
+#include "kernels/forward/prepare_packed.cuh"
+#include "kernels/forward/select.h"
+#include "kernels/tensor_map.h"
+
+namespace tilewright {
+namespace {
+
+using forward::KernelParams;
+using forward::RowCoordinates;
+
+// Keys and values of the heads that are worked on at the same time should stay in the L2 cache (50 MB).
+constexpr int64_t kGroupBytes = 32 << 20;
+
+struct Workspace {
+  int* next_tile;
+  int* num_tiles;
+  int* first_row;
+  int* first_tile;
+  PackedTile* tiles;
+  size_t bytes;
+};
+
+Workspace workspace_at(void* memory, const ForwardParams& p, const ForwardTile& tile) {
+  Workspace w{};
+  const auto take = [&](int64_t ints) {
+    int* at = reinterpret_cast<int*>(static_cast<char*>(memory) + w.bytes);
+    w.bytes += ints * sizeof(int);
+    return at;
+  };
+  w.next_tile = take(1);
+  w.num_tiles = take(3);
+  if (p.cu_seqlens_q) {
+    w.first_row = take(p.batch + 1);
+    w.first_tile = take(p.batch + 3);
+    constexpr int kInts = sizeof(PackedTile) / sizeof(int);
+    w.tiles = reinterpret_cast<PackedTile*>(take(max_packed_tiles(p.seqlen_q, p.batch, tile.tile_m) * kInts));
+  }
+  return w;
+}
+
+cudaError_t multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
+template <class Element, int kIndex = 0>
+cudaError_t launch_tile(const KernelParams& params, const ForwardTile& tile, int blocks, cudaStream_t stream) {
+  constexpr ForwardTile kTile = kForwardTiles[kIndex];
+  if (tile.head_dim == kTile.head_dim && tile.head_dim_v == kTile.head_dim_v && tile.softcap == kTile.softcap) {
+    return forward::launch_instance<Element, kTile.head_dim, kTile.head_dim_v, kTile.softcap>(params, blocks, stream);
+  }
+  if constexpr (kIndex + 1 < static_cast<int>(std::size(kForwardTiles))) {
+    return launch_tile<Element, kIndex + 1>(params, tile, blocks, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
+  constexpr double kLog2e = 1.4426950408889634;
+  KernelParams kernel{};
+  kernel.out_rows = p.out;
+  kernel.out_stride = p.out_stride;
+  kernel.lse = static_cast<float*>(p.lse);
+  kernel.sinks = static_cast<const float*>(p.sinks);
+  kernel.lse_head_stride = p.seqlen_q;
+  kernel.lse_batch_stride = p.cu_seqlens_q ? 0 : int64_t{p.heads_q} * p.seqlen_q;
+  kernel.window = p.window;
+  kernel.heads_q = p.heads_q;
+  kernel.heads_per_kv = p.heads_q / p.heads_kv;
+  kernel.seqlen_q = p.seqlen_q;
+  kernel.seqlen_k = p.seqlen_k;
+  kernel.head_dim_v = p.head_dim_v;
+  // A scale of 0 must not meet a masked score of -inf; 1e-30 times any score of 16-bit elements is as good as 0.
+  const double scale = p.scale == 0 ? 1e-30 : p.scale;
+  kernel.score_scale = p.softcap > 0 ? static_cast<float>(scale / p.softcap) : 0.f;
+  kernel.to_log2 = static_cast<float>((p.softcap > 0 ? p.softcap : scale) * kLog2e);
+  kernel.tiles = ceil_div(p.seqlen_q, tile.tile_m);
+
+  const int64_t bytes_a_head = int64_t{std::max(p.seqlen_k, 1)} * (p.head_dim + p.head_dim_v) * 2;
+  const int heads = p.heads_q * (p.cu_seqlens_q ? 1 : p.batch);
+  const int64_t fit = std::max<int64_t>(1, kGroupBytes / bytes_a_head) * kernel.heads_per_kv;
+  kernel.order = {heads, static_cast<int>(std::min<int64_t>(fit, heads))};
+  return kernel;
+}
+
+cudaError_t make_tensor_maps(KernelParams& kernel, const ForwardParams& p, const ForwardTile& tile) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const bool half = p.element == Element::kFloat16;
+  const auto map = [&](CUtensorMap& to, const void* data, int dim, int heads, int rows, const Strides& strides,
+                       int box) {
+    return encode_tensor_map(to, {data, half, dim, heads, rows, p.batch, strides, packed, box});
+  };
+  cudaError_t status = map(kernel.q, p.q, p.head_dim, p.heads_q, p.seqlen_q, p.q_stride, tile.tile_m);
+  if (status == cudaSuccess) status = map(kernel.k, p.k, p.head_dim, p.heads_kv, p.seqlen_k, p.k_stride, tile.tile_n);
+  if (status == cudaSuccess) status = map(kernel.v, p.v, p.head_dim_v, p.heads_kv, p.seqlen_k, p.v_stride, tile.tile_n);
+  if (status == cudaSuccess) status = map(kernel.out, p.out, p.head_dim_v, p.heads_q, p.seqlen_q, p.out_stride, 64);
+  return status;
+}
+
+}  // namespace
+
+size_t forward_workspace_bytes(const ForwardParams& params) {
+  const ForwardTile tile = forward_tile(params.head_dim, params.head_dim_v, params.softcap > 0);
+  return workspace_at(nullptr, params, tile).bytes;
+}
+
+cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStream_t stream) {
+  const ForwardTile tile = forward_tile(params.head_dim, params.head_dim_v, params.softcap > 0);
+  KernelParams kernel = kernel_params(params, tile);
+  cudaError_t status = make_tensor_maps(kernel, params, tile);
+  if (status != cudaSuccess) return status;
+
+  int blocks = 0;
+  status = multiprocessors(blocks);
+  if (status != cudaSuccess) return status;
+  const Workspace w = workspace_at(workspace, params, tile);
+  if (params.cu_seqlens_q) {
+    kernel.next_tile = w.next_tile;
+    kernel.packed_tiles = w.tiles;
+    kernel.num_packed_tiles = w.num_tiles;
+    const int64_t tiles = max_packed_tiles(params.seqlen_q, params.batch, tile.tile_m) * kernel.order.heads;
+    if (tiles > INT32_MAX) return cudaErrorInvalidValue;
+    blocks = static_cast<int>(std::min<int64_t>(blocks, tiles));
+    forward::prepare_packed<<<1, forward::kPrepareThreads, 0, stream>>>(
+        {params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q, params.seqlen_k, tile.tile_m,
+         tile.tile_n, params.window, w.next_tile, w.num_tiles, w.first_row, w.first_tile, w.tiles});
+    status = cudaGetLastError();
+  } else {
+    const int64_t tiles = int64_t{kernel.tiles} * kernel.order.heads;
+    if (tiles > INT32_MAX) return cudaErrorInvalidValue;
+    // Up to a few tiles a block the static order is as good, and saves the counter's memset.
+    constexpr int kStaticRounds = 4;
+    if (tiles > int64_t{blocks} * kStaticRounds) {
+      kernel.next_tile = w.next_tile;
+      status = cudaMemsetAsync(w.next_tile, 0, sizeof(int), stream);
+    }
+    blocks = static_cast<int>(std::min<int64_t>(blocks, tiles));
+  }
+  if (status != cudaSuccess) return status;
+  return params.element == Element::kFloat16 ? launch_tile<__half>(kernel, tile, blocks, stream)
+                                             : launch_tile<__nv_bfloat16>(kernel, tile, blocks, stream);
+}
+
+}  // namespace tilewright

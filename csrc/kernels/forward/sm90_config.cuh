@@ -1,0 +1,57 @@
+#pragma once
+
+#include "attention/fragment_softmax.h"
+#include "kernels/forward/select.h"
+#include "kernels/forward/sm90_params.h"
+#include "tile/shared_tile.h"
+
+namespace tilewright::forward {
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, bool kSoftcap_>
+struct Config {
+  using Element = Element_;
+  static constexpr ForwardTile kTile = forward_tile(kHeadDim_, kHeadDimV_, kSoftcap_);
+  static constexpr bool kSoftcap = kSoftcap_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kTileM = kTile.tile_m;
+  static constexpr int kTileN = kTile.tile_n;
+  static constexpr int kStagesK = kTile.stages_k;
+  static constexpr int kStagesV = kTile.stages_v;
+  static constexpr int kTileSlots = 4;
+
+  static constexpr int kWarpgroups = kTileM / 64;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  // setmaxnreg: what the producer gives up, the consumers get; 65,536 in all.
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+
+  // Q as the register operand of S = Q Kᵀ saves a third of the reads of shared memory and frees Q's buffer at once; at
+  // head_dim 256 O takes the registers.
+  static constexpr bool kQInRegisters = kHeadDim < 256;
+  // Where shared memory has no room for O, it is stored from the registers.
+  static constexpr bool kTmaStore = kHeadDimV < 256;
+  // Blocks without a maximum cost registers, which head_dim 256 and the softcap have not.
+  static constexpr bool kSkipMaximum = kQInRegisters && !kSoftcap;
+
+  static_assert(kTileM % 64 == 0 && kWarpgroups >= 2 && kWarpgroups <= 3 && kTileN % 16 == 0);
+  static_assert(kWarpgroups * kConsumerRegisters + kProducerRegisters <= 512);
+};
+
+enum NamedBarrier { kTurn = 1, kEpilogue = kTurn + 3 };
+
+template <class C>
+struct SharedStorage {
+  using Element = typename C::Element;
+  SharedTile<Element, C::kTileM, C::kHeadDim> q;
+  SharedTile<Element, C::kTileN, C::kHeadDim> k[C::kStagesK];
+  SharedTile<Element, C::kTileN, C::kHeadDimV> v[C::kStagesV];
+  SharedTile<Element, C::kTmaStore ? C::kTileM : 8, C::kTmaStore ? C::kHeadDimV : 64> out;
+  uint64_t q_full, q_empty;
+  uint64_t k_full[C::kStagesK], k_empty[C::kStagesK];
+  uint64_t v_full[C::kStagesV], v_empty[C::kStagesV];
+  uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
+  TileWork tile[C::kTileSlots];
+};
+
+}  // namespace tilewright::forward

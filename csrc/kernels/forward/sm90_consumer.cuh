@@ -1,0 +1,479 @@
+#pragma once
+
+#include <math_constants.h>
+
+#include "kernels/forward/sm90_config.cuh"
+#include "ptx/ldmatrix.h"
+#include "ptx/mbarrier.h"
+#include "ptx/mma.h"
+#include "ptx/named_barrier.h"
+#include "ptx/tma.h"
+#include "ptx/wgmma.h"
+#include "tile/fragment.h"
+#include "tile/pipeline.h"
+
+namespace tilewright::forward {
+
+// The same number, but what is computed from it is computed where it stands: addresses used once a tile would otherwise
+// take registers from the loop over the blocks.
+__device__ __forceinline__ int unhoisted(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// A warpgroup: 64 rows of each tile, from S to out.
+template <class C>
+struct Consumer {
+  using Element = typename C::Element;
+  using ProductS = ptx::Wgmma<Element, C::kTileN>;
+  using ProductO = ptx::Wgmma<Element, C::kHeadDimV>;
+
+  const KernelParams& p;
+  SharedStorage<C>& shared;
+  const int warpgroup;
+  const int thread;  // of the warpgroup
+
+  PipelineState<C::kStagesK> k_at{};
+  PipelineState<C::kStagesV> v_at{};
+  PipelineState<C::kTileSlots> tile_at{};
+  PipelineState<1> q_at{};
+
+  OperandA<Element, C::kQInRegisters ? C::kHeadDim : 16> Q;
+  Accumulator<C::kTileN> S;
+  OperandA<Element, C::kTileN> P;
+  Accumulator<C::kHeadDimV> O;
+  FragmentSoftmax<Element> softmax;
+
+  __device__ __forceinline__ void run() {
+    if (warpgroup == C::kWarpgroups - 1) your_turn();
+    if (next_tile()) {
+      start_first_tile();
+      for (;;) {
+        walk_blocks();
+        float normalize[2];
+        end_rows(normalize);
+        const int slot = tile_at.stage;
+        tile_at.advance();
+        if (!next_tile()) {
+          end_last_tile(slot, normalize);
+          break;
+        }
+        start_next_tile(slot, normalize);
+      }
+    }
+    // The turn given away last comes back: a barrier must not be left with arrivals.
+    if (warpgroup == 0) my_turn();
+    if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
+  }
+
+  // --- hand-overs ---------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void my_turn() { ptx::named_barrier_sync(kTurn + warpgroup, 256); }
+  __device__ __forceinline__ void your_turn() {
+    ptx::named_barrier_arrive(kTurn + (warpgroup + 1 == C::kWarpgroups ? 0 : warpgroup + 1), 256);
+  }
+
+  __device__ __forceinline__ void wait_k() { ptx::mbarrier_wait(&shared.k_full[k_at.stage], k_at.parity); }
+  __device__ __forceinline__ void wait_v() { ptx::mbarrier_wait(&shared.v_full[v_at.stage], v_at.parity); }
+  // One arrival a warp: only then is its own wait surely over.
+  __device__ __forceinline__ void release(uint64_t& empty) {
+    if (thread % 32 == 0) ptx::mbarrier_arrive(&empty);
+  }
+  __device__ __forceinline__ void release_k() {
+    release(shared.k_empty[k_at.stage]);
+    k_at.advance();
+  }
+  // O += P V is done: V's buffer and the registers of P are free.
+  __device__ __forceinline__ void release_v() {
+    release(shared.v_empty[v_at.stage]);
+    v_at.advance();
+  }
+
+  // The tile at tile_at, which stays announced until release_tile; false at the end of the work. Tiles that see no key
+  // are dealt with on the way.
+  __device__ __forceinline__ bool next_tile() {
+    for (;;) {
+      ptx::mbarrier_wait(&shared.tile_full[tile_at.stage], tile_at.parity);
+      const TileWork& work = shared.tile[tile_at.stage];
+      if (work.last) return false;
+      if (work.range.count() > 0) return true;
+      write_empty(work);
+      release_tile(tile_at.stage);
+      tile_at.advance();
+    }
+  }
+  __device__ __forceinline__ void release_tile(int slot) {
+    __syncwarp();
+    release(shared.tile_empty[slot]);
+  }
+
+  // --- one tile -----------------------------------------------------------------------------------------------------
+
+  // S_0 and its softmax, with nothing else to do meanwhile.
+  __device__ __forceinline__ void start_first_tile() {
+    wait_q();
+    wait_k();
+    my_turn();
+    ptx::wgmma_fence();
+    S.pin();
+    issue_S();
+    your_turn();
+    ptx::wgmma_wait<0>();
+    S.pin();
+    release_k();
+    first_maximum();
+    exponentiate();
+    softmax.settle_block();
+    O.fill(0.f);
+  }
+
+  // S_0 of the next tile and the last O += P V of the tile before, whose slot this is.
+  __device__ __forceinline__ void start_next_tile(int slot, const float (&normalize)[2]) {
+    // The turn orders this wait before all writes to shared.out.
+    if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
+    if constexpr (C::kQInRegisters) {
+      wait_q();
+      wait_k();
+      my_turn();
+      ptx::wgmma_fence();
+      S.pin();
+      O.pin();
+      issue_S();
+      wait_v();
+      issue_O();
+      your_turn();
+      ptx::wgmma_wait<1>();
+      S.pin();
+      release_k();
+      first_maximum();
+      ptx::wgmma_wait<0>();
+      O.pin();
+      release_v();
+      exponentiate();
+      store_O(slot, normalize);
+    } else {
+      // Q's buffer became free only now: O first, and stored while S runs.
+      wait_v();
+      my_turn();
+      ptx::wgmma_fence();
+      O.pin();
+      issue_O();
+      wait_q();
+      wait_k();
+      S.pin();
+      issue_S();
+      your_turn();
+      ptx::wgmma_wait<1>();
+      O.pin();
+      release_v();
+      store_O(slot, normalize);
+      ptx::wgmma_wait<0>();
+      S.pin();
+      release_k();
+      first_maximum();
+      exponentiate();
+    }
+    softmax.settle_block();
+    O.fill(0.f);
+  }
+
+  __device__ __forceinline__ void end_last_tile(int slot, const float (&normalize)[2]) {
+    if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
+    wait_v();
+    my_turn();
+    ptx::wgmma_fence();
+    O.pin();
+    issue_O();
+    your_turn();
+    ptx::wgmma_wait<0>();
+    O.pin();
+    store_O(slot, normalize);
+  }
+
+  // Blocks 1 … of the tile, whose first is done: right edge, full, left edge.
+  __device__ __forceinline__ void walk_blocks() {
+    const BlockRange& range = shared.tile[tile_at.stage].range;
+    int at = 1;
+    for (int masked_end = range.right_edge_steps();; masked_end = range.count()) {
+#pragma unroll 1
+      for (; at < masked_end; ++at) step<true>(at);
+      if (at >= range.count()) break;
+#pragma unroll 1
+      for (int left = range.full_steps_end() - at; left > 0; --left, ++at) step<false>(at);
+    }
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int at) {
+    constexpr bool kMaximum = kMasked || !C::kSkipMaximum;
+    wait_k();
+    my_turn();
+    ptx::wgmma_fence();
+    S.pin();
+    O.pin();
+    issue_S();
+    wait_v();
+    issue_O();
+    your_turn();
+    ptx::wgmma_wait<1>();
+    S.pin();
+    if constexpr (kMaximum) {
+      release_k();
+      transform_scores();
+      if constexpr (kMasked) mask(at);
+      float correction[2];
+      softmax.raise(S, p.to_log2, correction);
+      ptx::wgmma_wait<0>();
+      O.pin();
+      release_v();
+      exponentiate();
+      O.scale_rows(correction);
+    } else {
+      ptx::wgmma_wait<0>();
+      O.pin();
+      release_v();
+      exponentiate();
+      if (__any_sync(~0u, softmax.block_overflowed())) {
+        compute_S_again();
+        float correction[2];
+        softmax.raise(S, p.to_log2, correction);
+        exponentiate();
+        O.scale_rows(correction);
+      }
+      release_k();
+    }
+    softmax.settle_block();
+  }
+
+  // The first block of a tile has no O to scale.
+  __device__ __forceinline__ void first_maximum() {
+    softmax.reset();
+    transform_scores();
+    const BlockRange& range = shared.tile[tile_at.stage].range;
+    if (range.right_edge_steps() > 0 || range.full_steps_end() <= 0) mask(0);
+    float correction[2];
+    softmax.raise(S, p.to_log2, correction);
+  }
+
+  // P_n, its sum ← S_n. P_{n-1} is no longer read.
+  __device__ __forceinline__ void exponentiate() {
+    softmax.begin_block();
+#pragma unroll
+    for (int i = 0; i < P.kSteps; ++i) {
+      softmax.exponentiate(S, i, p.to_log2);
+      P.pack_step(S, i);
+    }
+  }
+
+  // --- products -----------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void wait_q() {
+    ptx::mbarrier_wait(&shared.q_full, q_at.parity);
+    q_at.advance();
+    if constexpr (C::kQInRegisters) {
+      const int t = unhoisted(thread);
+      const int row = warpgroup * 64 + t / 32 * 16 + t % 16;
+#pragma unroll
+      for (int i = 0; i < Q.kSteps; ++i) {
+        ptx::ldmatrix_x4(Q.steps[i], shared.q.address() + shared.q.piece_offset(row, 2 * i + t % 32 / 16));
+      }
+      __syncwarp();
+      release(shared.q_empty);
+    }
+  }
+
+  // S = Q Kᵀ
+  __device__ __forceinline__ void issue_S() {
+    const uint32_t k = shared.k[k_at.stage].address();
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      const uint64_t b = shared.k[0].k_major(k, i);
+      if constexpr (C::kQInRegisters) {
+        ProductS::template rs<ptx::Major::kK>(S.values, Q.steps[i], b, i > 0);
+      } else {
+        const uint32_t q = shared.q.address() + warpgroup * 64 * 128;
+        ProductS::template ss<ptx::Major::kK>(S.values, shared.q.k_major(q, i), b, i > 0);
+      }
+    }
+    ptx::wgmma_commit();
+  }
+
+  // S = Q Kᵀ once more, by this warp alone: the fragments of mma.sync are laid out like those of wgmma.
+  __device__ __forceinline__ void compute_S_again() {
+    static_assert(C::kTileN % 16 == 0);
+    const auto& tile = shared.k[k_at.stage];
+    const int lane = unhoisted(thread) % 32;
+    S.fill(0.f);
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      const uint32_t k = tile.address() + tile.piece_offset(lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2);
+#pragma unroll
+      for (int n = 0; n < C::kTileN / 16; ++n) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, k + n * 16 * 128);
+        ptx::mma_m16n8k16<Element>(&S.values[8 * n], Q.steps[i], b[0], b[1]);
+        ptx::mma_m16n8k16<Element>(&S.values[8 * n + 4], Q.steps[i], b[2], b[3]);
+      }
+    }
+  }
+
+  // O += P V
+  __device__ __forceinline__ void issue_O() {
+    const uint32_t v = shared.v[v_at.stage].address();
+#pragma unroll
+    for (int i = 0; i < C::kTileN / 16; ++i) {
+      ProductO::template rs<ptx::Major::kMN>(O.values, P.steps[i], shared.v[0].mn_major(v, i), true);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // --- scores -------------------------------------------------------------------------------------------------------
+
+  // softcap: S ← tanh(score_scale S) = 1 - 2 / (1 + exp(2 score_scale S)), to about 1e-7
+  __device__ __forceinline__ void transform_scores() {
+    if constexpr (C::kSoftcap) {
+      constexpr float kTwoLog2e = 2.88539008177793f;
+      const float factor = p.score_scale * kTwoLog2e;
+#pragma unroll
+      for (int i = 0; i < S.kValues; ++i) {
+        S.values[i] = fmaf(-2.f, ptx::reciprocal(1.f + ptx::exp2(S.values[i] * factor)), 1.f);
+      }
+    }
+  }
+
+  // S ← -inf where the row does not see the key, in the block of step `at`.
+  __device__ __forceinline__ void mask(int at) {
+    const TileWork& work = shared.tile[tile_at.stage];
+    const VisibleKeys keys(p.window, work.seqlen_q, work.seqlen_k);
+    const int first_key = work.range.block_at(at) * C::kTileN;
+    const int first_column = first_key + S.column(thread);
+    // Only blocks that reach left of the last row's window need the second comparison.
+    const bool left_edge = first_key < keys.begin(work.first_query + C::kTileM - 1);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = work.first_query + row() + 8 * r;
+      const int end = keys.end(query) - first_column;
+#pragma unroll
+      for (int i = 0; i < S.kValues; ++i) {
+        if (S.row_half(i) == r && S.column_of(i) >= end) S.values[i] = -CUDART_INF_F;
+      }
+      if (left_edge) {
+        const int begin = keys.begin(query) - first_column;
+        const int sinks_end = keys.window.sink_tokens - first_column;
+#pragma unroll
+        for (int i = 0; i < S.kValues; ++i) {
+          const bool hidden = S.column_of(i) < begin && S.column_of(i) >= sinks_end;
+          if (S.row_half(i) == r && hidden) S.values[i] = -CUDART_INF_F;
+        }
+      }
+    }
+  }
+
+  // --- epilogue -----------------------------------------------------------------------------------------------------
+
+  // Of the thread's first row in the tile; the second is 8 below.
+  __device__ __forceinline__ int row() const { return warpgroup * 64 + S.row(thread); }
+
+  __device__ __forceinline__ float sink_log2(int head) const {
+    constexpr float kLog2e = 1.44269504088896f;
+    return p.sinks ? p.sinks[head] * kLog2e : -CUDART_INF_F;
+  }
+  __device__ __forceinline__ float* lse_of(const TileWork& work) const {
+    return p.lse + work.batch * p.lse_batch_stride + work.head * p.lse_head_stride + work.q_begin;
+  }
+
+  // l and lse are done; O still lacks its last product.
+  __device__ __forceinline__ void end_rows(float (&normalize)[2]) {
+    if constexpr (!C::kQInRegisters) release(shared.q_empty);
+    const TileWork& work = shared.tile[tile_at.stage];
+    float lse[2];
+    softmax.finish(sink_log2(work.head), normalize, lse);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = work.first_query + row() + 8 * r;
+      if (thread % 4 == 0 && query < work.seqlen_q) lse_of(work)[query] = lse[r];
+    }
+  }
+
+  __device__ __forceinline__ void store_O(int slot, const float (&normalize)[2]) {
+    O.scale_rows(normalize);
+    OperandA<Element, C::kHeadDimV> packed;
+    packed.pack(O);
+    if constexpr (C::kTmaStore) {
+      store_by_tma(shared.tile[slot], packed);
+    } else {
+      store_rows(shared.tile[slot], packed);
+    }
+    release_tile(slot);
+  }
+
+  // Through shared memory; the copy engine leaves out what lies behind the sequence's end.
+  __device__ __forceinline__ void store_by_tma(const TileWork& work, const OperandA<Element, C::kHeadDimV>& packed) {
+    const int t = unhoisted(thread);
+    const int in_tile = warpgroup * 64 + t / 32 * 16 + t % 16;
+#pragma unroll
+    for (int i = 0; i < packed.kSteps; ++i) {
+      const auto& x = packed.steps[i];
+      const uint32_t to = shared.out.address() + shared.out.piece_offset(in_tile, 2 * i + t % 32 / 16);
+      ptx::stmatrix_x4(to, x[0], x[1], x[2], x[3]);
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kEpilogue + warpgroup, 128);
+    if (thread == 0) {
+      const int query = work.first_query + warpgroup * 64;
+      const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.q_begin, work.seqlen_q, query)
+                                                 : RowCoordinates::plain(query, work.batch);
+      if (query < work.seqlen_q) {
+        for (int i = 0; i < shared.out.kChunks; ++i) {
+          ptx::tma_store_5d(&p.out, shared.out.chunk(i) + warpgroup * 64 * 64, i * 64, work.head, rows.row, rows.outer,
+                            rows.wrap);
+        }
+      }
+      ptx::bulk_commit_group();
+    }
+  }
+
+  __device__ __forceinline__ Element* out_row(const TileWork& work, int query) const {
+    return static_cast<Element*>(p.out_rows) + work.batch * p.out_stride.batch +
+           int64_t{work.q_begin + query} * p.out_stride.row + work.head * p.out_stride.head;
+  }
+
+  // Four lanes hold the 16 bytes of 8 columns between them: a 4×4 transpose in two rounds of shuffles gives each lane
+  // 16 bytes of one row, and the four together 64.
+  __device__ __forceinline__ void store_rows(const TileWork& work, const OperandA<Element, C::kHeadDimV>& packed) {
+    const bool odd = thread % 2, high = thread / 2 % 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = work.first_query + row() + 8 * r;
+      Element* to = out_row(work, query);
+#pragma unroll
+      for (int j = 0; j < packed.kSteps / 2; ++j) {
+        const auto &a = packed.steps[2 * j], &b = packed.steps[2 * j + 1];
+        const uint32_t pair0 = __shfl_xor_sync(~0u, odd ? a[r] : a[2 + r], 1);
+        const uint32_t pair1 = __shfl_xor_sync(~0u, odd ? b[r] : b[2 + r], 1);
+        const uint32_t x0 = odd ? pair0 : a[r], x1 = odd ? a[2 + r] : pair0;
+        const uint32_t x2 = odd ? pair1 : b[r], x3 = odd ? b[2 + r] : pair1;
+        const uint32_t quad0 = __shfl_xor_sync(~0u, high ? x0 : x2, 2);
+        const uint32_t quad1 = __shfl_xor_sync(~0u, high ? x1 : x3, 2);
+        const int column = 32 * j + thread % 4 * 8;
+        if (query < work.seqlen_q && column < p.head_dim_v) {
+          *reinterpret_cast<uint4*>(to + column) =
+              high ? make_uint4(quad0, quad1, x2, x3) : make_uint4(x0, x1, quad0, quad1);
+        }
+      }
+    }
+  }
+
+  // A tile whose rows see no key: out 0, lse -inf or the sink.
+  __device__ __forceinline__ void write_empty(const TileWork& work) {
+    const int first = work.first_query + warpgroup * 64;
+    const int rows = min_of(work.seqlen_q - first, 64);
+    const int pieces = p.head_dim_v / 8;
+    for (int i = thread; i < rows * pieces; i += 128) {
+      *reinterpret_cast<uint4*>(out_row(work, first + i / pieces) + i % pieces * 8) = make_uint4(0, 0, 0, 0);
+    }
+    if (thread < rows) lse_of(work)[first + thread] = p.sinks ? p.sinks[work.head] : -CUDART_INF_F;
+  }
+};
+
+}  // namespace tilewright::forward

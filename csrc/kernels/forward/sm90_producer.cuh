@@ -1,0 +1,121 @@
+#pragma once
+
+#include "kernels/forward/sm90_config.cuh"
+#include "ptx/mbarrier.h"
+#include "ptx/tma.h"
+#include "tile/pipeline.h"
+
+namespace tilewright::forward {
+
+// The one thread that schedules the tiles and loads Q, K and V.
+template <class C>
+struct Producer {
+  const KernelParams& p;
+  SharedStorage<C>& shared;
+  PipelineState<C::kStagesK> k_at{};
+  PipelineState<C::kStagesV> v_at{};
+  PipelineState<C::kTileSlots> tile_at{};
+  PipelineState<1> q_at{};
+
+  // V of a block is loaded after K of the next one, also across tiles: the order in which they are consumed.
+  bool v_pending = false;
+  int v_head;
+  RowCoordinates v_rows;
+
+  __device__ __forceinline__ void run() {
+    const int tiles = p.packed_tiles ? *p.num_packed_tiles : p.tiles;
+    const int count = tiles * p.order.heads;
+    int index = blockIdx.x;
+    for (int round = 1; index < count; ++round) {
+      // The dynamic order asks for its next tile before it needs it. The static one goes back and forth over the
+      // blocks, so that no block always gets the longest of a round.
+      const int next =
+          p.next_tile ? atomicAdd(p.next_tile, 1) + static_cast<int>(gridDim.x)
+                      : static_cast<int>(round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x));
+      load_tile(announce(work_at(index, tiles)));
+      index = next;
+    }
+    TileWork end{};
+    end.last = true;
+    announce(end);
+    if (v_pending) load_v();
+  }
+
+  __device__ __forceinline__ TileWork work_at(int index, int tiles) const {
+    const TileOrder::Tile at = p.order.at(index, tiles);
+    TileWork work{};
+    if (p.packed_tiles) {
+      const PackedTile tile = p.packed_tiles[at.tile];
+      work.first_query = tile.first_query;
+      work.head = at.head;
+      work.q_begin = tile.q_begin;
+      work.seqlen_q = tile.seqlen_q;
+      work.k_begin = tile.k_begin;
+      work.seqlen_k = tile.seqlen_k;
+    } else {
+      work.first_query = (tiles - 1 - at.tile) * C::kTileM;
+      work.batch = at.head / p.heads_q;
+      work.head = at.head - work.batch * p.heads_q;
+      work.seqlen_q = p.seqlen_q;
+      work.seqlen_k = p.seqlen_k;
+    }
+    const VisibleKeys keys(p.window, work.seqlen_q, work.seqlen_k);
+    const int last_query = min_of(work.first_query + C::kTileM, work.seqlen_q) - 1;
+    work.range = BlockRange::of(keys, work.first_query, last_query, C::kTileN);
+    return work;
+  }
+
+  // Returns the announced copy: what stays in shared memory takes no registers, of which the producer has few.
+  __device__ __forceinline__ const TileWork& announce(const TileWork& work) {
+    ptx::mbarrier_wait(&shared.tile_empty[tile_at.stage], tile_at.parity ^ 1);
+    TileWork& announced = shared.tile[tile_at.stage];
+    announced = work;
+    ptx::mbarrier_arrive(&shared.tile_full[tile_at.stage]);
+    tile_at.advance();
+    return announced;
+  }
+
+  __device__ __forceinline__ void load_tile(const TileWork& work) {
+    const int head_kv = work.head / p.heads_per_kv;
+    for (int step = 0; step < work.range.count(); ++step) {
+      const int key = work.range.block_at(step) * C::kTileN;
+      const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.k_begin, work.seqlen_k, key)
+                                                 : RowCoordinates::plain(key, work.batch);
+      ptx::mbarrier_wait(&shared.k_empty[k_at.stage], k_at.parity ^ 1);
+      load(shared.k[k_at.stage], &p.k, &shared.k_full[k_at.stage], head_kv, rows);
+      k_at.advance();
+      // At a tile's start a consumer with Q in registers asks for Q before the last V of the tile before, else after.
+      if (step == 0 && C::kQInRegisters) load_q(work);
+      if (v_pending) load_v();
+      if (step == 0 && !C::kQInRegisters) load_q(work);
+      v_pending = true;
+      v_head = head_kv;
+      v_rows = rows;
+    }
+  }
+
+  __device__ __forceinline__ void load_q(const TileWork& work) {
+    const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.q_begin, work.seqlen_q, work.first_query)
+                                               : RowCoordinates::plain(work.first_query, work.batch);
+    ptx::mbarrier_wait(&shared.q_empty, q_at.parity ^ 1);
+    load(shared.q, &p.q, &shared.q_full, work.head, rows);
+    q_at.advance();
+  }
+
+  __device__ __forceinline__ void load_v() {
+    ptx::mbarrier_wait(&shared.v_empty[v_at.stage], v_at.parity ^ 1);
+    load(shared.v[v_at.stage], &p.v, &shared.v_full[v_at.stage], v_head, v_rows);
+    v_at.advance();
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ void load(Tile& tile, const CUtensorMap* map, uint64_t* full, int head,
+                                       const RowCoordinates& rows) {
+    ptx::mbarrier_arrive_expect(full, Tile::kBytes);
+    for (int i = 0; i < Tile::kChunks; ++i) {
+      ptx::tma_load_5d(tile.chunk(i), map, full, i * 64, head, rows.row, rows.outer, rows.wrap);
+    }
+  }
+};
+
+}  // namespace tilewright::forward

@@ -1,0 +1,15 @@
+#pragma once
+
+#include "kernels/forward/params.h"
+#include "ops/arguments.h"
+
+namespace tilewright::ops {
+
+// Throws when q's GPU is not the one the kernels are compiled for, and replaces inputs that TMA cannot address by
+// copies.
+void prepare_inputs_cuda(ForwardCall& call);
+
+// Launches the forward on q's device and PyTorch's current stream there.
+void launch_cuda(const ForwardParams& params, const Argument& q);
+
+}  // namespace tilewright::ops

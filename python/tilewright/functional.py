@@ -1,0 +1,198 @@
+"""The public functions: they sort the arguments and call the operators of torch.ops.tilewright, which check them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright import _dispatch
+from tilewright._library import ops
+from tilewright.autograd import Attention, AttentionVarlen
+
+_INTEGERS = (int, torch.SymInt)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
+
+
+def _tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _typed(name: str, value: Any, types: tuple[type, ...], wanted: str) -> Any:
+    if not isinstance(value, types):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+    return value
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be None or a pair (left, right), got {window!r}")
+    for bound in window:
+        if bound is not None and not isinstance(bound, _INTEGERS):
+            raise TypeError(f"window must hold integers or None, got {window!r}")
+        if bound is not None and bound < 0:
+            raise ValueError(f"window must hold integers that are 0 or above, or None, got {window!r}")
+    return window[0], window[1]
+
+
+def _keywords(causal, window, scale, softcap, sink_tokens, deterministic) -> dict[str, Any]:
+    """The operator's keywords, without those that have their default: each one costs the dispatcher time."""
+    keywords: dict[str, Any] = {}
+    if causal is not False:
+        keywords["causal"] = _typed("causal", causal, (bool,), "a bool")
+    if window is not None:
+        keywords["window_left"], keywords["window_right"] = _window(window)
+    if scale is not None:
+        keywords["scale"] = _typed("scale", scale, _NUMBERS, "a number or None")
+    if not (isinstance(softcap, float) and softcap == 0.0):
+        keywords["softcap"] = _typed("softcap", softcap, _NUMBERS, "a number")
+    if not (isinstance(sink_tokens, int) and sink_tokens == 0):
+        keywords["sink_tokens"] = _typed("sink_tokens", sink_tokens, _INTEGERS, "an integer")
+    if deterministic is not False:
+        keywords["deterministic"] = _typed("deterministic", deterministic, (bool,), "a bool")
+    return keywords
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sink_tokens: int = 0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, softmax(scale · Q Kᵀ) V, differentiable in q, k, v and sinks.
+
+    Query i of seqlen_q stands at position i + seqlen_k - seqlen_q: the last query is aligned with the last key. A query
+    that sees no key has out 0 and lse -inf (with `sinks`: the sink), and gradients of 0.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim). float64, float32, bfloat16 or float16; on CUDA bfloat16 or float16.
+            head_dim is a multiple of 8 up to 256. The last dimension is contiguous, the other strides are free. (On
+            CUDA, strides or a start that are no multiple of 16 bytes, and expanded dimensions, cost a copy.)
+        k: (batch, seqlen_k, heads_kv, head_dim), like q; heads_q is a multiple of heads_kv.
+        v: (batch, seqlen_k, heads_kv, head_dim_v), like q; head_dim_v is a multiple of 8 up to 256.
+        causal: a query sees no key after its position; the same as window=(None, 0), and joins any other window.
+        window: (left, right): the keys from position - left to position + right are visible, both ends included; None
+            is unbounded.
+        scale: of the scores; None is 1/√head_dim.
+        softcap: c turns every scaled score s into c·tanh(s/c), before the mask; 0 is off.
+        sinks: (heads_q,), float32 (float64 with float64 q): one logit a head that joins the softmax's denominator and
+            has no value. It is not scaled, and counted in lse.
+        sink_tokens: the first keys that stay visible on the left of the window.
+        deterministic: the backward has the same bits every run. (The forward always has.)
+        return_lse: also return the logarithm of the softmax's denominator.
+
+    Returns:
+        out, (batch, seqlen_q, heads_q, head_dim_v), of q's dtype; with `return_lse` the pair (out, lse), lse
+        (batch, heads_q, seqlen_q) in float32 (float64 with float64 q), natural logarithm, differentiable too.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; the text names it.
+        NotImplementedError: the backward on CUDA, which is not there yet.
+
+    Example:
+        >>> q = torch.randn(2, 128, 8, 64)
+        >>> k, v = torch.randn(2, 128, 2, 64), torch.randn(2, 128, 2, 64)
+        >>> tilewright.attention(q, k, v, causal=True).shape
+        torch.Size([2, 128, 8, 64])
+
+    The method is FlashAttention (Dao et al., 2022; Shah et al., FlashAttention-3, 2024): tiles with an online softmax
+    (Milakov & Gimelshein, 2018). sinks: Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023, as
+    learned logits in gpt-oss; softcap: Gemma 2, 2024.
+    """
+    _tensor("q", q)
+    _tensor("k", k)
+    _tensor("v", v)
+    if sinks is not None:
+        _tensor("sinks", sinks)
+    keywords = _keywords(causal, window, scale, softcap, sink_tokens, deterministic)
+    if _dispatch.takes_operator(q):
+        out, lse = ops.attention.default(q, k, v, sinks, **keywords)
+    elif _dispatch.needs_grad(q, k, v, sinks):
+        out, lse = Attention.apply(q, k, v, sinks, keywords)
+    else:
+        with _dispatch.below_autograd():
+            out, lse = ops.attention.default(q, k, v, sinks, **keywords)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sink_tokens: int = 0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`attention` over sequences of different lengths, packed one after another.
+
+    Sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1, and the keys likewise. Its result depends on
+    nothing outside it, even when that holds NaN. Rows in no sequence have out 0, lse -inf and gradients of 0. The
+    lengths are never read back from the device.
+
+    Args:
+        q: (total_q, heads_q, head_dim), dtypes and strides as in :func:`attention`.
+        k: (total_k, heads_kv, head_dim).
+        v: (total_k, heads_kv, head_dim_v).
+        cu_seqlens_q: (batch + 1,), int32, on q's device: where each sequence of queries starts and the last one ends.
+        cu_seqlens_k: (batch + 1,), the same for the keys.
+        max_seqlen_q: the longest sequence of queries, a hint that is never needed and changes no result.
+        max_seqlen_k: the longest sequence of keys, likewise.
+        causal, window, scale, softcap, sinks, sink_tokens, deterministic, return_lse: as in :func:`attention`.
+
+    Returns:
+        out, (total_q, heads_q, head_dim_v); with `return_lse` the pair (out, lse), lse (heads_q, total_q).
+
+    Raises:
+        TypeError, ValueError: as in :func:`attention`. On the CPU also when cu_seqlens decrease, are negative or pass
+            the total; on CUDA, where they cannot be looked into, such values are clamped to the tensors.
+        NotImplementedError: the backward on CUDA, which is not there yet.
+
+    Example:
+        >>> q = k = v = torch.randn(10, 8, 64)  # a sequence of 4 and one of 6
+        >>> cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32)
+        >>> tilewright.attention_varlen(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True).shape
+        torch.Size([10, 8, 64])
+
+    The method is that of :func:`attention`; the packed layout is FlashAttention's (Dao, 2023).
+    """
+    _tensor("q", q)
+    _tensor("k", k)
+    _tensor("v", v)
+    _tensor("cu_seqlens_q", cu_seqlens_q)
+    _tensor("cu_seqlens_k", cu_seqlens_k)
+    if sinks is not None:
+        _tensor("sinks", sinks)
+    keywords = _keywords(causal, window, scale, softcap, sink_tokens, deterministic)
+    if max_seqlen_q is not None:
+        keywords["max_seqlen_q"] = _typed("max_seqlen_q", max_seqlen_q, _INTEGERS, "an integer or None")
+    if max_seqlen_k is not None:
+        keywords["max_seqlen_k"] = _typed("max_seqlen_k", max_seqlen_k, _INTEGERS, "an integer or None")
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks)
+    if _dispatch.takes_operator(q):
+        out, lse = ops.attention_varlen.default(*tensors, **keywords)
+    elif _dispatch.needs_grad(q, k, v, sinks):
+        out, lse = AttentionVarlen.apply(*tensors, keywords)
+    else:
+        with _dispatch.below_autograd():
+            out, lse = ops.attention_varlen.default(*tensors, **keywords)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,284 @@
+"""The forward of `attention`: out and lse against the oracle."""
+
+import math
+
+import cases
+import pytest
+import torch
+
+import tilewright
+
+INFINITY = float("inf")
+
+HEAD_DIMS = [8, 16, 40, 64, 72, 96, 128, 136, 192, 256]
+UNEQUAL_HEAD_DIMS = [(192, 128), (128, 64), (64, 256), (8, 256), (256, 8), (72, 40), (64, 128), (128, 192)]
+SEQLENS = [(1, 1), (1, 130), (130, 1), (64, 64), (127, 129), (128, 128), (200, 333), (333, 200), (257, 512)]
+# Smaller than a block, about one, and larger than the sequence.
+WINDOWS = [
+    None,
+    (None, None),
+    (0, 0),
+    (0, None),
+    (None, 0),
+    (7, 0),
+    (None, 3),
+    (5, 2),
+    (150, 40),
+    (40, 150),
+    (9999, 9999),
+]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dim(device, dtype, head_dim):
+    q, k, v = cases.make(device, dtype, seqlen_q=150, seqlen_k=201, head_dim=head_dim)
+    cases.check_forward(q, k, v)
+    cases.check_forward(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", UNEQUAL_HEAD_DIMS)
+def test_unequal_head_dims(device, dtype, head_dim, head_dim_v):
+    q, k, v = cases.make(device, dtype, seqlen_q=150, seqlen_k=201, head_dim=head_dim, head_dim_v=head_dim_v)
+    cases.check_forward(q, k, v)
+    cases.check_forward(q, k, v, causal=True)
+
+
+@pytest.mark.gpu
+def test_every_head_dim(device, dtype):
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in {head_dim, 264 - head_dim, 128}:
+            q, k, v = cases.make(
+                device, dtype, batch=1, seqlen_q=130, seqlen_k=190, head_dim=head_dim, head_dim_v=head_dim_v
+            )
+            cases.check_forward(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", SEQLENS)
+def test_seqlens(device, dtype, seqlen_q, seqlen_k, causal):
+    q, k, v = cases.make(device, dtype, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    cases.check_forward(q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("heads_q, heads_kv", [(1, 1), (4, 4), (4, 2), (6, 2), (8, 1), (5, 1), (12, 4)])
+def test_grouped_heads(device, dtype, heads_q, heads_kv):
+    q, k, v = cases.make(
+        device, dtype, seqlen_q=70, seqlen_k=150, heads_q=heads_q, heads_kv=heads_kv, head_dim=64, head_dim_v=40
+    )
+    cases.check_forward(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_window(device, dtype, window, causal):
+    # A few blocks of the device's tiles in each direction.
+    long, short = {"cpu": (210, 130), "cuda": (520, 300)}[device]
+    for seqlen_q, seqlen_k in ((67, 67), (short, long), (long, short)):
+        q, k, v = cases.make(device, dtype, batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=1, head_dim=64)
+        for sink_tokens in (0, 3, 170):
+            cases.check_forward(q, k, v, window=window, causal=causal, sink_tokens=sink_tokens)
+
+
+def test_causal_is_a_window(device, dtype):
+    q, k, v = cases.make(device, dtype, seqlen_q=100, seqlen_k=140)
+    out, lse = cases.call(q, k, v, causal=True)
+    for same in ({"window": (None, 0)}, {"window": (None, 0), "causal": True}, {"window": (None, 5), "causal": True}):
+        out_same, lse_same = cases.call(q, k, v, **same)
+        assert torch.equal(out, out_same) and torch.equal(lse, lse_same), same
+
+
+def test_sink_tokens_do_not_leak_the_future(device, dtype):
+    """A causal query before key 4 must not see it, though key 4 is a sink token."""
+    q, k, v = cases.make(device, dtype, batch=1, seqlen_q=20)
+    out, lse = cases.call(q, k, v, causal=True, window=(2, 0), sink_tokens=5)
+    k, v = k.clone(), v.clone()
+    k[:, 4:], v[:, 4:] = 100.0, 100.0
+    out_changed, lse_changed = cases.call(q, k, v, causal=True, window=(2, 0), sink_tokens=5)
+    assert torch.equal(out[:, :4], out_changed[:, :4]) and torch.equal(lse[..., :4], lse_changed[..., :4])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_softcap_and_sinks(device, dtype, softcap, with_sinks):
+    q, k, v = cases.make(device, dtype, seqlen_q=140, seqlen_k=200, heads_q=4, heads_kv=2)
+    sinks = cases.make_sinks(4, device, dtype) if with_sinks else None
+    for options in ({}, {"causal": True}, {"window": (20, 5), "scale": 0.7}):
+        cases.check_forward(q, k, v, softcap=softcap, sinks=sinks, **options)
+
+
+def test_sinks_of_any_size(device, dtype):
+    """A sink far above every score takes all the weight, one far below none, -inf is no sink."""
+    q, k, v = cases.make(device, dtype, seqlen_q=70, heads_q=4)
+    sinks = torch.tensor([200.0, -200.0, -INFINITY, 0.0], device=device, dtype=cases.sink_dtype(dtype))
+    out, lse = cases.check_forward(q, k, v, sinks=sinks)
+    assert (out[:, :, 0].double().abs() < 1e-30).all() and (lse[:, 0] == 200).all()
+    out_none, lse_none = cases.call(q, k, v)
+    torch.testing.assert_close(out[:, :, 2], out_none[:, :, 2])
+    torch.testing.assert_close(lse[:, 2], lse_none[:, 2])
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.01, 0.0, -0.3])
+def test_scale(device, dtype, scale):
+    q, k, v = cases.make(device, dtype, seqlen_q=70, seqlen_k=90, head_dim=40)
+    cases.check_forward(q, k, v, scale=scale, causal=True)
+    cases.check_forward(q, k, v, scale=scale, softcap=5.0)
+
+
+def test_large_scores(device, dtype):
+    """Scores in the hundreds: the softmax subtracts its maximum, so nothing overflows."""
+    q, k, v = cases.make(device, dtype, seqlen_q=100, seqlen_k=300, head_dim=64)
+    out, lse = cases.call(q, k, v, scale=20.0)
+    assert out.isfinite().all() and lse.isfinite().all()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * 20.0
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-3)
+
+
+def test_bits_beyond_the_first_maximum(device, dtype):
+    """The running maximum of the online softmax rises in every block of keys, or falls from the first on."""
+    q, k, v = cases.make(device, dtype, batch=1, seqlen_q=130, seqlen_k=700, head_dim=64)
+    ramp = torch.linspace(-4, 4, 700, device=device)[None, :, None, None]
+    for direction in (1, -1):
+        along = (torch.ones_like(k) * ramp * direction).to(dtype)
+        cases.check_forward(q.abs(), along, v, scale=0.2)
+
+
+def test_empty_rows(device, dtype):
+    """With more queries than keys the first causal queries see nothing: out 0, lse -inf, or the sink."""
+    q, k, v = cases.make(device, dtype, seqlen_q=200, seqlen_k=70, heads_q=2)
+    out, lse = cases.check_forward(q, k, v, causal=True)
+    assert (out[:, :130] == 0).all() and (lse[..., :130] == -INFINITY).all()
+    sinks = cases.make_sinks(2, device, dtype)
+    out, lse = cases.check_forward(q, k, v, causal=True, sinks=sinks)
+    assert (out[:, :130] == 0).all() and torch.equal(lse[..., :130], sinks[None, :, None].expand(2, -1, 130))
+    # Rows whose window has run out of keys on the right side of the sequence cannot be; on the left they can.
+    cases.check_forward(q, k, v, window=(3, 10))
+    cases.check_forward(q, k, v, window=(3, 10), sink_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"batch": 0},
+        {"seqlen_q": 0, "seqlen_k": 5},
+        {"seqlen_q": 5, "seqlen_k": 0},
+        {"seqlen_q": 0, "seqlen_k": 0},
+        {"batch": 0, "seqlen_q": 0, "seqlen_k": 0},
+    ],
+    ids=str,
+)
+def test_zero_sizes(device, dtype, shape):
+    q, k, v = cases.make(device, dtype, **shape)
+    sinks = cases.make_sinks(2, device, dtype)
+    for options in ({}, {"causal": True}, {"window": (2, 0), "sink_tokens": 2}, {"sinks": sinks}):
+        cases.check_forward(q, k, v, **options)
+
+
+def _poisoned(x, layout):
+    """x again, as a view with other strides, in memory that is otherwise NaN."""
+    batch, seqlen, heads, dim = x.shape
+    nan = {"device": x.device, "dtype": x.dtype, "fill_value": float("nan")}
+    if layout == "head major":
+        view = torch.full((batch, heads, seqlen, dim), **nan).transpose(1, 2)
+    elif layout == "row major":
+        view = torch.full((seqlen, batch, heads, dim), **nan).transpose(0, 1)
+    elif layout == "sliced from packed qkv":
+        view = torch.full((batch, seqlen, 3, heads, dim), **nan)[:, :, 1]
+    elif layout == "every other":
+        view = torch.full((batch * 2, seqlen * 3, heads * 2, dim), **nan)[::2, ::3, ::2]
+    elif layout == "padded rows":
+        view = torch.full((batch, seqlen, heads, dim + 8), **nan)[..., :dim]
+    elif layout == "odd stride":
+        view = torch.full((batch, seqlen, heads, dim + 1), **nan)[..., :dim]
+    elif layout == "odd offset":
+        view = torch.full((batch * seqlen * heads * dim + 1,), **nan)[1:].view(x.shape)
+    elif layout == "expanded batch":
+        return x[:1].expand_as(x)
+    elif layout == "expanded heads":
+        return x[:, :, :1].expand_as(x)
+    else:
+        raise AssertionError(layout)
+    view.copy_(x)
+    return view
+
+
+LAYOUTS = [
+    "head major",
+    "row major",
+    "sliced from packed qkv",
+    "every other",
+    "padded rows",
+    "odd stride",
+    "odd offset",
+    "expanded batch",
+    "expanded heads",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_views(device, dtype, layout):
+    """The bits are those of the contiguous tensors, and nothing around the views is read into them."""
+    for head_dim, head_dim_v in ((64, 64), (72, 40)):
+        x = cases.make(device, dtype, seqlen_q=70, seqlen_k=133, heads_q=4, head_dim=head_dim, head_dim_v=head_dim_v)
+        views = [_poisoned(t, layout) for t in x]
+        assert all(t.stride(-1) == 1 for t in views)
+        out, lse = cases.call(*views, causal=True)
+        out_contiguous, lse_contiguous = cases.call(*(t.contiguous() for t in views), causal=True)
+        assert torch.equal(out, out_contiguous) and torch.equal(lse, lse_contiguous)
+        cases.check_forward(*views, window=(50, 3))
+
+
+def test_one_strided_input_of_three(device, dtype):
+    x = cases.make(device, dtype, seqlen_q=70, seqlen_k=133, heads_q=4, heads_kv=2)
+    out, lse = cases.call(*x, causal=True)
+    for i in range(3):
+        for layout in ("head major", "padded rows", "odd offset"):
+            views = [_poisoned(t, layout) if i == j else t for j, t in enumerate(x)]
+            out_views, lse_views = cases.call(*views, causal=True)
+            assert torch.equal(out, out_views) and torch.equal(lse, lse_views), (i, layout)
+
+
+def test_size_one_dimensions_with_odd_strides(device, dtype):
+    """A dimension of size 1 may have any stride: it is never multiplied by anything but 0."""
+    q, k, v = cases.make(device, dtype, batch=1, seqlen_q=1, seqlen_k=33, heads_q=1, head_dim=64)
+    out, lse = cases.call(q, k, v)
+    q_odd = q.as_strided(q.shape, (3, 5, 7, 1))
+    k_odd = k.as_strided(k.shape, (1, 64, 1, 1))
+    out_odd, lse_odd = cases.call(q_odd, k_odd, v)
+    assert torch.equal(out, out_odd) and torch.equal(lse, lse_odd)
+
+
+def test_lse_is_the_logsumexp(device, dtype):
+    """With v = 1 and no sinks every row of out is 1; with q = 0 lse is the logarithm of the number of keys."""
+    q, k, v = cases.make(device, dtype, seqlen_q=50, seqlen_k=80)
+    out, lse = cases.call(torch.zeros_like(q), k, torch.ones_like(v), causal=True)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-6, atol=1e-6)
+    keys = torch.arange(31, 81, device=device, dtype=lse.dtype)
+    torch.testing.assert_close(lse, keys.log().expand_as(lse), rtol=1e-6, atol=1e-6)
+
+
+def test_returns_only_out_by_default(device, dtype):
+    q, k, v = cases.make(device, dtype, seqlen_q=20)
+    out = tilewright.attention(q, k, v)
+    assert isinstance(out, torch.Tensor)
+    assert torch.equal(out, tilewright.attention(q, k, v, return_lse=True)[0])
+
+
+def test_inputs_are_left_alone(device, dtype):
+    x = cases.make(device, dtype, seqlen_q=130)
+    copies = [t.clone() for t in x]
+    cases.call(*x, causal=True, softcap=10.0, scale=0.5)
+    assert all(torch.equal(t, copy) for t, copy in zip(x, copies, strict=True))
+
+
+def test_agrees_with_torch(device, dtype):
+    """The oracle itself against torch's own attention, which says the same without our options."""
+    q, k, v = cases.make(device, torch.float64, seqlen_q=40, seqlen_k=40, heads_q=4, heads_kv=2)
+    ours, _ = cases.plain(q, k, v, causal=True)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    torchs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, torchs.transpose(1, 2))
+    assert math.isclose(float(cases.plain(q, k, v)[1][0, 0, 0]), _logsumexp(q[0, 0, 0], k[0, :, 0]), rel_tol=1e-12)
+
+
+def _logsumexp(q, k):
+    return math.log(sum(math.exp(sum(a * b for a, b in zip(q.tolist(), row, strict=True)) / 8) for row in k.tolist()))

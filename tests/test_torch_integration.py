@@ -1,0 +1,359 @@
+"""The operators inside PyTorch: opcheck, torch.compile, export, autocast, checkpointing, CUDA graphs."""
+
+import cases
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import tilewright
+from tilewright.autograd import Attention, AttentionVarlen
+
+OPTIONS = {"causal": True, "window": (20, 0), "sink_tokens": 2, "softcap": 8.0, "scale": 0.2}
+KEYWORDS = {"causal": True, "window_left": 20, "window_right": 0, "sink_tokens": 2, "softcap": 8.0, "scale": 0.2}
+DTYPE = torch.bfloat16  # taken by every device
+
+
+def problem(device, dtype=DTYPE, *, packed=False, requires_grad=False):
+    """q, k, v, [cu_seqlens_q, cu_seqlens_k,] sinks: the operators' tensors in their order."""
+    shape = {"heads_q": 4, "heads_kv": 2, "head_dim": 16, "head_dim_v": 24}
+    if packed:
+        q, k, v, cu_seqlens = cases.make_packed(device, dtype, [9, 0, 21], [12, 4, 21], first=1, tail=2, **shape)
+    else:
+        q, k, v = cases.make(device, dtype, seqlen_q=9, seqlen_k=13, **shape)
+        cu_seqlens = {}
+    sinks = cases.make_sinks(4, device, dtype)
+    for x in (q, k, v, sinks):
+        x.requires_grad_(requires_grad)
+    return q, k, v, *cu_seqlens.values(), sinks
+
+
+def has_backward(device):
+    return device == "cpu"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(device, packed):
+    """Schema, fake kernel, autograd registration, and tracing with symbolic shapes."""
+    operator = torch.ops.tilewright.attention_varlen if packed else torch.ops.tilewright.attention
+    tensors = problem(device, packed=packed, requires_grad=has_backward(device))
+    hints = {"max_seqlen_q": 21, "max_seqlen_k": 21} if packed else {}
+    torch.library.opcheck(operator.default, tensors, {**KEYWORDS, **hints}, atol=0, rtol=0)
+    torch.library.opcheck(operator.default, tensors[:-1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_of_the_backward(grad_device, packed):
+    name = "attention_varlen" if packed else "attention"
+    tensors = problem(grad_device, packed=packed)
+    out, lse = getattr(torch.ops.tilewright, name)(*tensors, **KEYWORDS)
+    operator = getattr(torch.ops.tilewright, f"{name}_backward").default
+    q, k, v, *rest = tensors
+    checks = ("test_schema", "test_faketensor")  # there is no second derivative to register
+    for dlse in (None, torch.randn_like(lse)):
+        dout = torch.randn_like(out)
+        torch.library.opcheck(operator, (dout, dlse, q, k, v, out, lse, *rest), KEYWORDS, test_utils=checks)
+        torch.library.opcheck(operator, (dout, dlse, q, k, v, out, lse, *rest[:-1]), KEYWORDS, test_utils=checks)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_torch_ops_says_the_same(device, dtype, packed):
+    *tensors, sinks = problem(device, dtype, packed=packed)
+    q, k, v, *cu_seqlens = tensors
+    if packed:
+        named = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=True))
+        result = torch.ops.tilewright.attention_varlen(*tensors, sinks, **KEYWORDS)
+        function = AttentionVarlen
+    else:
+        named = {}
+        result = torch.ops.tilewright.attention(*tensors, sinks, **KEYWORDS)
+        function = Attention
+    expected = cases.call(q, k, v, sinks=sinks, **named, **OPTIONS)
+    by_function = function.apply(*tensors, sinks, KEYWORDS)
+    for ours, ops, applied in zip(expected, result, by_function, strict=True):
+        assert torch.equal(ours, ops) and torch.equal(ours, applied)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_three_ways_to_one_gradient(grad_device, packed):
+    """tilewright.attention, torch.ops and the autograd.Function end in the same backward."""
+    grads = []
+    for way in ("function", "ops", "autograd"):
+        torch.manual_seed(7)
+        tensors = problem(grad_device, torch.float32, packed=packed, requires_grad=True)
+        q, k, v, *rest = tensors
+        if way == "ops":
+            operator = torch.ops.tilewright.attention_varlen if packed else torch.ops.tilewright.attention
+            out, lse = operator(*tensors, **KEYWORDS)
+        elif way == "autograd":
+            out, lse = (AttentionVarlen if packed else Attention).apply(*tensors, KEYWORDS)
+        else:
+            named = {"cu_seqlens_q": rest[0], "cu_seqlens_k": rest[1]} if packed else {}
+            out, lse = cases.call(q, k, v, sinks=rest[-1], **named, **OPTIONS)
+        lse = lse.masked_fill(lse.isinf(), 0.0)
+        grads.append(torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v, rest[-1])))
+    for of_function, of_ops, of_autograd in zip(*grads, strict=True):
+        assert torch.equal(of_function, of_ops) and torch.equal(of_function, of_autograd)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile(device, packed, dynamic):
+    """One graph, forward and (where there is one) backward, the same bits as without the compiler."""
+
+    def function(q, k, v, *rest):
+        named = {"cu_seqlens_q": rest[0], "cu_seqlens_k": rest[1]} if packed else {}
+        call = tilewright.attention_varlen if packed else tilewright.attention
+        out, lse = call(q, k, v, **named, sinks=rest[-1], **OPTIONS, return_lse=True)
+        return out * 2, lse
+
+    grad = has_backward(device)
+    tensors = problem(device, packed=packed, requires_grad=grad)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    expected, result = function(*tensors), compiled(*tensors)
+    for ours, right in zip(result, expected, strict=True):
+        assert torch.equal(ours, right)
+    if grad:
+        leaves = (*tensors[:3], tensors[-1])
+        dout = torch.randn_like(result[0])
+        for ours, right in zip(
+            torch.autograd.grad(result[0], leaves, dout), torch.autograd.grad(expected[0], leaves, dout), strict=True
+        ):
+            assert torch.equal(ours, right)
+    if dynamic and not packed:  # other lengths, the same graph
+        q, k, v = cases.make(
+            device, DTYPE, batch=3, seqlen_q=30, seqlen_k=20, heads_q=4, heads_kv=2, head_dim=16, head_dim_v=24
+        )
+        for ours, right in zip(compiled(q, k, v, tensors[-1]), function(q, k, v, tensors[-1]), strict=True):
+            assert torch.equal(ours, right)
+
+
+def test_compile_with_inductor(device):
+    """The default compiler, which may choose other strides for what it hands to the operator."""
+
+    def function(q, k, v):
+        return tilewright.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
+
+    grad = has_backward(device)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in cases.make(device, DTYPE, seqlen_q=20, head_dim=16))
+    for x in (q, k, v):
+        x.requires_grad_(grad)
+    result, expected = torch.compile(function, fullgraph=True)(q, k, v), function(q, k, v)
+    assert torch.equal(result, expected)
+    if grad:
+        dout = torch.randn_like(result)
+        ours, right = (torch.autograd.grad(x, (q, k, v), dout) for x in (result, expected))
+        assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_export(device, packed):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v, *rest):
+            named = {"cu_seqlens_q": rest[0], "cu_seqlens_k": rest[1]} if packed else {}
+            call = tilewright.attention_varlen if packed else tilewright.attention
+            return call(q, k, v, **named, sinks=rest[-1], **OPTIONS, return_lse=True)
+
+    tensors = problem(device, packed=packed)
+    program = torch.export.export(Module(), tensors)
+    assert any("tilewright.attention" in str(node.target) for node in program.graph.nodes)
+    for ours, right in zip(program.module()(*tensors), Module()(*tensors), strict=True):
+        assert torch.equal(ours, right)
+
+
+def test_export_with_dynamic_lengths(device):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return tilewright.attention(q, k, v, causal=True)
+
+    q, k, v = cases.make(device, DTYPE, seqlen_q=12, seqlen_k=17, head_dim=16)
+    batch, rows, keys = (torch.export.Dim(name) for name in ("batch", "rows", "keys"))
+    shapes = {"q": {0: batch, 1: rows}, "k": {0: batch, 1: keys}, "v": {0: batch, 1: keys}}
+    program = torch.export.export(Module(), (q, k, v), dynamic_shapes=shapes)
+    q, k, v = cases.make(device, DTYPE, batch=3, seqlen_q=30, seqlen_k=25, head_dim=16)
+    assert torch.equal(program.module()(q, k, v), tilewright.attention(q, k, v, causal=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fake_kernels(device, packed):
+    """Meta tensors give meta results of the right shape, dtype and strides, for every dtype."""
+    call = tilewright.attention_varlen if packed else tilewright.attention
+    for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16, torch.float64):
+        tensors = problem(device, dtype, packed=packed)
+        results = []
+        for target in (device, "meta"):
+            q, k, v, *rest = (x.to(target) for x in tensors)
+            named = {"cu_seqlens_q": rest[0], "cu_seqlens_k": rest[1]} if packed else {}
+            results.append(call(q, k, v, **named, sinks=rest[-1], **OPTIONS, return_lse=True))
+        for real, fake in zip(*results, strict=True):
+            assert fake.device.type == "meta"
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_autocast(device):
+    """q, k, v are cast to autocast's dtype; sinks are not, and float64 is never cast."""
+    q, k, v = cases.make("cpu", torch.float32, seqlen_q=20, head_dim=16)
+    q, k, v = q.to(device), k.to(device), v.to(device)
+    sinks = cases.make_sinks(2, device, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        expected = cases.call(q.to(dtype), k.to(dtype), v.to(dtype), sinks=sinks, **OPTIONS)
+        with torch.autocast(device, dtype=dtype):
+            result = cases.call(q, k, v, sinks=sinks, **OPTIONS)
+            mixed = cases.call(q.to(dtype), k, v, sinks=sinks, **OPTIONS)
+            from_ops = torch.ops.tilewright.attention(q, k, v, sinks, **KEYWORDS)
+        for ours, other, ops, right in zip(result, mixed, from_ops, expected, strict=True):
+            assert ours.dtype == right.dtype
+            assert torch.equal(ours, right) and torch.equal(other, right) and torch.equal(ops, right)
+    if device == "cpu":
+        with torch.autocast(device, dtype=torch.bfloat16):
+            assert tilewright.attention(q.double(), k.double(), v.double()).dtype == torch.float64
+
+
+def test_autocast_varlen(device):
+    q, k, v, cu_seqlens = cases.make_packed("cpu", torch.float32, [5, 12], head_dim=16)
+    q, k, v = q.to(device), k.to(device), v.to(device)
+    cu_seqlens = {name: x.to(device) for name, x in cu_seqlens.items()}
+    expected = tilewright.attention_varlen(q.bfloat16(), k.bfloat16(), v.bfloat16(), **cu_seqlens)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(tilewright.attention_varlen(q, k, v, **cu_seqlens), expected)
+
+
+def test_gradients_under_autocast(grad_device):
+    """The gradients come back in the dtype of what was cast."""
+    q, k, v = (x.requires_grad_() for x in cases.make(grad_device, torch.float32, seqlen_q=20, head_dim=16))
+    low = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    with torch.autocast(grad_device, dtype=torch.bfloat16):
+        out = tilewright.attention(q, k, v, causal=True)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    expected = torch.autograd.grad(tilewright.attention(*low, causal=True), low, dout)
+    for ours, right in zip(grads, expected, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, right.float())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(grad_device, use_reentrant):
+    q, k, v = (x.requires_grad_() for x in cases.make(grad_device, torch.float32, seqlen_q=20, head_dim=16))
+
+    def block(q, k, v):
+        return tilewright.attention(q, k, v, **OPTIONS).sin()
+
+    expected = torch.autograd.grad(block(q, k, v).square().sum(), (q, k, v))
+    checkpoint(block, q, k, v, use_reentrant=use_reentrant).square().sum().backward()
+    for x, right in zip((q, k, v), expected, strict=True):
+        assert torch.equal(x.grad, right)
+
+
+def test_inputs_changed_before_the_backward(grad_device):
+    """The backward reads q, k, v, out, lse and cu_seqlens again: when one has changed since, that is an error."""
+    for changed in range(7):
+        q, k, v, cu_seqlens = cases.make_packed(grad_device, torch.float32, [5, 12], head_dim=16)
+        saved = [q, k, v, *cu_seqlens.values()]
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out, lse = cases.call(*leaves, **cu_seqlens)
+        loss = (out * 2).sum()
+        with torch.no_grad():
+            [*saved, out, lse][changed].add_(0)
+        with pytest.raises(RuntimeError, match="inplace"):
+            loss.backward()
+
+
+def test_grad_modes(device):
+    q, k, v = (x.requires_grad_() for x in cases.make(device, DTYPE, seqlen_q=20))
+    with torch.no_grad():
+        out = tilewright.attention(q, k, v)
+        assert not out.requires_grad and out.grad_fn is None
+    with torch.inference_mode():
+        assert torch.equal(tilewright.attention(q, k, v), out)
+    inside, lse = tilewright.attention(q, k, v, return_lse=True)
+    assert inside.requires_grad and lse.requires_grad and torch.equal(inside, out)
+
+
+def test_no_forward_mode(grad_device):
+    """There is none: an error, not a result without a tangent."""
+    q, k, v = cases.make(grad_device, torch.float32, seqlen_q=5, head_dim=16)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        tilewright.attention(dual, k, v)
+
+
+def test_parameters_and_tensors(device):
+    """nn.Parameter is a tensor like any other."""
+    q, k, v = cases.make(device, DTYPE, seqlen_q=20)
+    expected = tilewright.attention(q, k, v)
+    assert torch.equal(tilewright.attention(torch.nn.Parameter(q), torch.nn.Parameter(k), v), expected)
+
+
+@pytest.mark.gpu
+def test_cuda_graph(device, dtype):
+    """Captured once, replayed with other numbers: the bits of a plain call with them."""
+    shape = {"seqlen_q": 300, "seqlen_k": 400, "heads_q": 4, "heads_kv": 2}
+    q, k, v = cases.make(device, dtype, **shape)
+    sinks = cases.make_sinks(4, device, dtype)
+    graph, out, lse = _capture(lambda: cases.call(q, k, v, sinks=sinks, causal=True))
+    for _ in range(3):
+        for x, fresh in zip((q, k, v), cases.make(device, dtype, **shape), strict=True):
+            x.copy_(fresh)
+        sinks.normal_()
+        graph.replay()
+        expected, lse_expected = cases.call(q, k, v, sinks=sinks, causal=True)
+        assert torch.equal(out, expected) and torch.equal(lse, lse_expected)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_with_other_lengths(device, dtype):
+    """cu_seqlens are changed in place between replays: nothing about them was read at capture."""
+    q, k, v, cu_seqlens = cases.make_packed(device, dtype, [100, 100, 100, 100], heads_q=4, heads_kv=2)
+    graph, out, lse = _capture(lambda: cases.call(q, k, v, **cu_seqlens, causal=True, window=(90, 0)))
+    for lengths_q, lengths_k in (
+        ([400, 0, 0, 0], [400, 0, 0, 0]),
+        ([1, 2, 300, 97], [90, 2, 8, 300]),
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+        ([10, 20, 30, 40], [40, 30, 20, 10]),
+        ([130, 140, 0, 130], [0, 140, 130, 130]),
+    ):
+        cu_seqlens["cu_seqlens_q"].copy_(cases.cumulative(lengths_q, device))
+        cu_seqlens["cu_seqlens_k"].copy_(cases.cumulative(lengths_k, device))
+        graph.replay()
+        expected, lse_expected = cases.check_forward(q, k, v, **cu_seqlens, causal=True, window=(90, 0))
+        assert torch.equal(out, expected) and torch.equal(lse, lse_expected), (lengths_q, lengths_k)
+
+
+def _capture(function):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = function()
+    return graph, out, lse
+
+
+@pytest.mark.gpu
+def test_streams(device, dtype):
+    """The kernel runs on the current stream: it sees what that stream wrote before it, and needs no other to wait."""
+    q, k, v = cases.make(device, dtype, batch=4, seqlen_q=2000, heads_q=8)
+    expected = tilewright.attention(q, k, v, causal=True)
+    fresh = [torch.zeros_like(x) for x in (q, k, v)]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for x, given in zip(fresh, (q, k, v), strict=True):
+            x.copy_(given)
+        out = tilewright.attention(*fresh, causal=True)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation(device, dtype):
+    """No operator reads a device value back."""
+    q, k, v, cu_seqlens = cases.make_packed(device, dtype, [100, 30])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tilewright.attention_varlen(q, k, v, **cu_seqlens, causal=True)
+        tilewright.attention(q[None], k[None], v[None], causal=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
