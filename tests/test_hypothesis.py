@@ -40,7 +40,7 @@ def check(q, k, v, with_sinks, options, gradients):
         cases.check_gradients(q, k, v, **options)
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(problem=problems(), batch=st.integers(0, 3), seqlen_q=LENGTHS, seqlen_k=LENGTHS)
 def test_attention(device, dtype, problem, batch, seqlen_q, seqlen_k):
     shape, options, with_sinks, seed = problem
@@ -49,7 +49,7 @@ def test_attention(device, dtype, problem, batch, seqlen_q, seqlen_k):
     check(q, k, v, with_sinks, options, gradients=False)
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(problem=problems(), batch=st.integers(0, 2), seqlen_q=LENGTHS, seqlen_k=LENGTHS)
 def test_gradients(grad_device, dtype, problem, batch, seqlen_q, seqlen_k):
     shape, options, with_sinks, seed = problem
@@ -61,13 +61,13 @@ def test_gradients(grad_device, dtype, problem, batch, seqlen_q, seqlen_k):
 SEQUENCES = st.lists(st.tuples(LENGTHS, LENGTHS), max_size=5)
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(problem=problems(), sequences=SEQUENCES, first=st.integers(0, 9), tail=st.integers(0, 9))
 def test_varlen(device, dtype, problem, sequences, first, tail):
     _check_varlen(device, dtype, problem, sequences, first, tail, gradients=False)
 
 
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(problem=problems(), sequences=SEQUENCES, first=st.integers(0, 9), tail=st.integers(0, 9))
 def test_varlen_gradients(grad_device, dtype, problem, sequences, first, tail):
     _check_varlen(grad_device, dtype, problem, sequences, first, tail, gradients=True)

@@ -68,12 +68,13 @@ def test_equals_the_sequences_alone(device, dtype):
     lengths_q, lengths_k = [17, 140, 0, 66], [30, 140, 8, 20]
     q, k, v, cu_seqlens = cases.make_packed(device, dtype, lengths_q, lengths_k)
     out, lse = cases.call(q, k, v, **cu_seqlens, causal=True, softcap=9.0)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}  # their tiles need not be the same
     row, key = 0, 0
     for length_q, length_k in zip(lengths_q, lengths_k, strict=True):
         rows, keys = slice(row, row + length_q), slice(key, key + length_k)
         alone, lse_alone = cases.call(q[None, rows], k[None, keys], v[None, keys], causal=True, softcap=9.0)
-        torch.testing.assert_close(out[rows], alone[0])
-        torch.testing.assert_close(lse[:, rows], lse_alone[0])
+        torch.testing.assert_close(out[rows], alone[0], **close)
+        torch.testing.assert_close(lse[:, rows], lse_alone[0], rtol=1e-4, atol=1e-4)
         row, key = row + length_q, key + length_k
 
 

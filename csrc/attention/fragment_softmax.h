@@ -20,6 +20,10 @@ struct FragmentSoftmax {
   // and for bfloat16, which has float32's range, also low enough that O, which sums P V, has room for large V.
   static constexpr float kOverflow = std::is_same_v<Element, __half> ? 0x1p15f : 0x1p40f;
 
+  // r is raised when a score passes it by more than this power of two: then O need not be multiplied for every new
+  // maximum.
+  static constexpr float kSlack = 8.f;
+
   float row_max[2];    // the largest score that r has been raised to, -inf before the first key
   float reference[2];  // r; NaN before the first key, so that a block without raise() counts as overflowed
   float row_sum[2];    // l, of this thread's columns; the four lanes of a row are added in finish()
@@ -35,7 +39,8 @@ struct FragmentSoftmax {
     }
   }
 
-  // r ← the largest score so far; `correction` is what O is to be multiplied by.
+  // r ← the largest score so far, unless r is still close enough; `correction` is what O is to be multiplied by,
+  // mostly 1.
   template <int kColumns>
   __device__ __forceinline__ void raise(const Accumulator<kColumns>& S, float to_log2, float (&correction)[2]) {
     // Four maxima a row: one alone would be a chain of dependent instructions as long as the row.
@@ -54,10 +59,12 @@ struct FragmentSoftmax {
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
       // A row that still has seen no key: subtract 0, so that its P are 2^-inf = 0.
       const float raised = m == -CUDART_INF_F ? 0.f : m * to_log2;
-      // 2^(old r - new r); the first time O and l are 0, and the NaN must not reach them.
-      correction[r] = row_max[r] == -CUDART_INF_F ? 1.f : ptx::exp2(reference[r] - raised);
-      row_max[r] = m;
-      reference[r] = raised;
+      // Not for the first key, when the comparison with NaN fails: then O and l are 0, and the NaN must not reach them.
+      const bool keep = raised - reference[r] <= kSlack;
+      const bool first = row_max[r] == -CUDART_INF_F;
+      correction[r] = keep || first ? 1.f : ptx::exp2(reference[r] - raised);
+      row_max[r] = keep ? row_max[r] : m;
+      reference[r] = keep ? reference[r] : raised;
       row_sum[r] *= correction[r];
     }
   }

@@ -4,10 +4,9 @@
 
 namespace tilewright {
 
-// The order in which tiles of queries are worked off: longest first (the last rows of a causal sequence see the most
-// keys) within a group of heads whose keys and values fit in the L2 cache; the heads of a group take turns, so that
-// heads which share keys and values run at the same time. `tiles` counts the tiles of one head; in a packed batch, of
-// one head of all sequences.
+// The order in which tiles of queries are worked off: group after group of heads, in a group the longest tiles first
+// (the last rows of a causal sequence see the most keys), and of equally long tiles one of each head: heads that share
+// keys and values run at the same time.
 struct TileOrder {
   int heads;       // (head, batch) pairs; packed: heads
   int head_group;  // of them in a group

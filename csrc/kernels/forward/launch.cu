@@ -4,7 +4,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <iterator>
 
 #include "kernels/forward/launch_sm90.h"
 #include "kernels/forward/prepare_packed.cuh"
@@ -54,14 +53,21 @@ cudaError_t multiprocessors(int& count) {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
+// The tile for a problem; a packed batch goes by its total, as one long sequence.
+cudaError_t choose_tile(const ForwardParams& p, int& index, int& blocks) {
+  const cudaError_t status = multiprocessors(blocks);
+  if (status != cudaSuccess) return status;
+  const int64_t heads = int64_t{p.heads_q} * (p.cu_seqlens_q ? 1 : p.batch);
+  index = select_forward_tile(
+      {p.head_dim, p.head_dim_v, p.softcap > 0, heads, p.seqlen_q, p.seqlen_k, p.window.right < p.seqlen_k, blocks});
+  return index < 0 ? cudaErrorInvalidValue : cudaSuccess;
+}
+
 template <class Element, int kIndex = 0>
-cudaError_t launch_tile(const KernelParams& params, const ForwardTile& tile, int blocks, cudaStream_t stream) {
-  constexpr ForwardTile kTile = kForwardTiles[kIndex];
-  if (tile.head_dim == kTile.head_dim && tile.head_dim_v == kTile.head_dim_v && tile.softcap == kTile.softcap) {
-    return forward::launch_instance<Element, kTile.head_dim, kTile.head_dim_v, kTile.softcap>(params, blocks, stream);
-  }
-  if constexpr (kIndex + 1 < static_cast<int>(std::size(kForwardTiles))) {
-    return launch_tile<Element, kIndex + 1>(params, tile, blocks, stream);
+cudaError_t launch_tile(const KernelParams& params, int index, int blocks, cudaStream_t stream) {
+  if (index == kIndex) return forward::launch_instance<Element, kIndex>(params, blocks, stream);
+  if constexpr (kIndex + 1 < kNumForwardTiles) {
+    return launch_tile<Element, kIndex + 1>(params, index, blocks, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -87,10 +93,15 @@ KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
   kernel.to_log2 = static_cast<float>((p.softcap > 0 ? p.softcap : scale) * kLog2e);
   kernel.tiles = ceil_div(p.seqlen_q, tile.tile_m);
 
+  // Tiles of one length run best one head after the other: the blocks at work then read the same keys at the same time.
+  // A causal order needs many heads to fill the gaps with short tiles, if their keys and values fit in the L2 cache or
+  // not.
+  constexpr int64_t kMinUnevenGroup = 16;
+  const bool uneven = p.window.right < p.seqlen_k && p.window.left >= p.seqlen_k;
   const int64_t bytes_a_head = int64_t{std::max(p.seqlen_k, 1)} * (p.head_dim + p.head_dim_v) * 2;
+  const int64_t heads_kv = uneven ? std::max(kMinUnevenGroup, kGroupBytes / bytes_a_head) : 1;
   const int heads = p.heads_q * (p.cu_seqlens_q ? 1 : p.batch);
-  const int64_t fit = std::max<int64_t>(1, kGroupBytes / bytes_a_head) * kernel.heads_per_kv;
-  kernel.order = {heads, static_cast<int>(std::min<int64_t>(fit, heads))};
+  kernel.order = {heads, static_cast<int>(std::min<int64_t>(heads_kv * kernel.heads_per_kv, heads))};
   return kernel;
 }
 
@@ -111,18 +122,18 @@ cudaError_t make_tensor_maps(KernelParams& kernel, const ForwardParams& p, const
 }  // namespace
 
 size_t forward_workspace_bytes(const ForwardParams& params) {
-  const ForwardTile tile = forward_tile(params.head_dim, params.head_dim_v, params.softcap > 0);
-  return workspace_at(nullptr, params, tile).bytes;
+  int index = 0, blocks = 0;
+  if (choose_tile(params, index, blocks) != cudaSuccess) return 0;  // the launch will say so
+  return workspace_at(nullptr, params, kForwardTiles[index]).bytes;
 }
 
 cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStream_t stream) {
-  const ForwardTile tile = forward_tile(params.head_dim, params.head_dim_v, params.softcap > 0);
-  KernelParams kernel = kernel_params(params, tile);
-  cudaError_t status = make_tensor_maps(kernel, params, tile);
+  int index = 0, blocks = 0;
+  cudaError_t status = choose_tile(params, index, blocks);
   if (status != cudaSuccess) return status;
-
-  int blocks = 0;
-  status = multiprocessors(blocks);
+  const ForwardTile& tile = kForwardTiles[index];
+  KernelParams kernel = kernel_params(params, tile);
+  status = make_tensor_maps(kernel, params, tile);
   if (status != cudaSuccess) return status;
   const Workspace w = workspace_at(workspace, params, tile);
   if (params.cu_seqlens_q) {
@@ -139,8 +150,8 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
   } else {
     const int64_t tiles = int64_t{kernel.tiles} * kernel.order.heads;
     if (tiles > INT32_MAX) return cudaErrorInvalidValue;
-    // Up to a few tiles a block the static order is as good, and saves the counter's memset.
-    constexpr int kStaticRounds = 4;
+    // With few tiles a block the static order is as good, and saves the counter's memset.
+    constexpr int kStaticRounds = 2;
     if (tiles > int64_t{blocks} * kStaticRounds) {
       kernel.next_tile = w.next_tile;
       status = cudaMemsetAsync(w.next_tile, 0, sizeof(int), stream);
@@ -148,8 +159,8 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
     blocks = static_cast<int>(std::min<int64_t>(blocks, tiles));
   }
   if (status != cudaSuccess) return status;
-  return params.element == Element::kFloat16 ? launch_tile<__half>(kernel, tile, blocks, stream)
-                                             : launch_tile<__nv_bfloat16>(kernel, tile, blocks, stream);
+  return params.element == Element::kFloat16 ? launch_tile<__half>(kernel, index, blocks, stream)
+                                             : launch_tile<__nv_bfloat16>(kernel, index, blocks, stream);
 }
 
 }  // namespace tilewright

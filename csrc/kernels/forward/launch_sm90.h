@@ -6,8 +6,8 @@
 
 namespace tilewright::forward {
 
-// Launches one compiled instance; defined in the .cu that CMake makes from instance.cu.in.
-template <class Element, int kHeadDim, int kHeadDimV, bool kSoftcap>
+// Launches the instance of a row of kForwardTiles; defined in the .cu that CMake makes from instance.cu.in.
+template <class Element, int kIndex>
 cudaError_t launch_instance(const KernelParams& params, int blocks, cudaStream_t stream);
 
 }  // namespace tilewright::forward

@@ -1,5 +1,9 @@
 #pragma once
 
+#include <cstdint>
+
+#include "attention/host_device.h"
+
 namespace tilewright {
 
 // The tile of one compiled instance of the Hopper forward, which serves every problem that fits into its head
@@ -12,22 +16,71 @@ struct ForwardTile {
   int tile_n;    // keys a block
   int stages_k;  // blocks of K in flight
   int stages_v;
+  int block_cycles;  // what a block costs a multiprocessor, about, and a tile besides its blocks: measured, and only
+  int tile_cycles;   // compared between tiles of the same head dimensions
 };
 
-// As many keys a block as registers and shared memory hold; docs/forward.md has the measurements. One row for each
-// instance in CMakeLists.txt, smaller head dimensions first.
+// One row for each instance in CMakeLists.txt. docs/forward.md has the measurements.
 constexpr ForwardTile kForwardTiles[] = {
-    {64, 64, false, 192, 96, 4, 3},   {64, 64, true, 128, 128, 3, 3},   {128, 128, false, 128, 128, 3, 2},
-    {128, 128, true, 128, 128, 2, 2}, {192, 128, false, 128, 96, 2, 2}, {192, 128, true, 128, 96, 2, 2},
-    {256, 256, false, 128, 80, 2, 2}, {256, 256, true, 128, 80, 2, 2},
+    {64, 64, false, 192, 96, 4, 3, 1870, 4000}, {64, 64, false, 128, 128, 3, 3, 1970, 3500},
+    {64, 64, true, 128, 128, 3, 3, 0, 0},       {128, 128, false, 128, 128, 3, 2, 0, 0},
+    {128, 128, true, 128, 128, 2, 2, 0, 0},     {192, 128, false, 128, 96, 2, 2, 0, 0},
+    {192, 128, true, 128, 96, 2, 2, 0, 0},      {256, 256, false, 128, 80, 2, 2, 0, 0},
+    {256, 256, true, 128, 80, 2, 2, 0, 0},
+};
+constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
+
+// What the choice between tiles depends on.
+struct ForwardProblem {
+  int head_dim;
+  int head_dim_v;
+  bool softcap;
+  int64_t heads;  // times batch
+  int seqlen_q;
+  int seqlen_k;
+  bool causal;  // or any other bound on the right
+  int multiprocessors;
 };
 
-// The first that holds the problem; all zero if none does.
-constexpr ForwardTile forward_tile(int head_dim, int head_dim_v, bool softcap) {
-  for (const ForwardTile& tile : kForwardTiles) {
-    if (head_dim <= tile.head_dim && head_dim_v <= tile.head_dim_v && softcap == tile.softcap) return tile;
+// The time of the whole problem in a tile, in cycles: as many rounds of tiles as the multiprocessors need, or, where
+// short tiles fill the gaps between long ones, the work divided by them, but no less than the longest tile.
+constexpr int64_t estimated_cycles(const ForwardTile& tile, const ForwardProblem& problem) {
+  const int64_t tiles = ceil_div(problem.seqlen_q, tile.tile_m) * problem.heads;
+  const int64_t longest = int64_t{ceil_div(problem.seqlen_k, tile.tile_n)} * tile.block_cycles + tile.tile_cycles;
+  const int64_t rounds = (tiles + problem.multiprocessors - 1) / problem.multiprocessors;
+  if (!problem.causal) return rounds * longest;
+  const int64_t work = tiles * (longest + tile.tile_cycles + tile.block_cycles) / 2 / problem.multiprocessors;
+  return work > longest ? work : longest;
+}
+
+// The index of the tile in kForwardTiles that serves the problem soonest, -1 if none holds it. Of several head
+// dimensions that hold it the first, which are the smallest.
+constexpr int select_forward_tile(const ForwardProblem& problem) {
+  int best = -1;
+  for (int i = 0; i < kNumForwardTiles; ++i) {
+    const ForwardTile& tile = kForwardTiles[i];
+    if (problem.head_dim > tile.head_dim || problem.head_dim_v > tile.head_dim_v) continue;
+    if (problem.softcap != tile.softcap) continue;
+    if (best < 0) {
+      best = i;
+    } else if (tile.head_dim == kForwardTiles[best].head_dim &&
+               estimated_cycles(tile, problem) < estimated_cycles(kForwardTiles[best], problem)) {
+      best = i;
+    }
   }
-  return {};
+  return best;
+}
+
+// The row of an instance, -1 if there is none.
+constexpr int forward_tile_index(int head_dim, int head_dim_v, bool softcap, int tile_m) {
+  for (int i = 0; i < kNumForwardTiles; ++i) {
+    const ForwardTile& tile = kForwardTiles[i];
+    if (tile.head_dim == head_dim && tile.head_dim_v == head_dim_v && tile.softcap == softcap &&
+        tile.tile_m == tile_m) {
+      return i;
+    }
+  }
+  return -1;
 }
 
 }  // namespace tilewright

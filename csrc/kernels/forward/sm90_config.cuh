@@ -7,13 +7,14 @@
 
 namespace tilewright::forward {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, bool kSoftcap_>
+// kIndex: a row of kForwardTiles.
+template <class Element_, int kIndex>
 struct Config {
   using Element = Element_;
-  static constexpr ForwardTile kTile = forward_tile(kHeadDim_, kHeadDimV_, kSoftcap_);
-  static constexpr bool kSoftcap = kSoftcap_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr ForwardTile kTile = kForwardTiles[kIndex];
+  static constexpr bool kSoftcap = kTile.softcap;
+  static constexpr int kHeadDim = kTile.head_dim;
+  static constexpr int kHeadDimV = kTile.head_dim_v;
   static constexpr int kTileM = kTile.tile_m;
   static constexpr int kTileN = kTile.tile_n;
   static constexpr int kStagesK = kTile.stages_k;

@@ -77,17 +77,21 @@ struct Producer {
 
   __device__ __forceinline__ void load_tile(const TileWork& work) {
     const int head_kv = work.head / p.heads_per_kv;
-    for (int step = 0; step < work.range.count(); ++step) {
+    const int blocks = work.range.count();
+    // A consumer with Q in registers frees its buffer early and asks for the next Q together with K_0; otherwise Q's
+    // buffer becomes free only when the tile before ends, and K_1 must not wait behind it.
+    const int step_of_q = C::kQInRegisters ? 0 : min_of(1, blocks - 1);
+    for (int step = 0; step < blocks; ++step) {
       const int key = work.range.block_at(step) * C::kTileN;
       const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.k_begin, work.seqlen_k, key)
                                                  : RowCoordinates::plain(key, work.batch);
       ptx::mbarrier_wait(&shared.k_empty[k_at.stage], k_at.parity ^ 1);
       load(shared.k[k_at.stage], &p.k, &shared.k_full[k_at.stage], head_kv, rows);
       k_at.advance();
-      // At a tile's start a consumer with Q in registers asks for Q before the last V of the tile before, else after.
-      if (step == 0 && C::kQInRegisters) load_q(work);
+      const bool q_before_v = C::kQInRegisters || step > 0;
+      if (step == step_of_q && q_before_v) load_q(work);
       if (v_pending) load_v();
-      if (step == 0 && !C::kQInRegisters) load_q(work);
+      if (step == step_of_q && !q_before_v) load_q(work);
       v_pending = true;
       v_head = head_kv;
       v_rows = rows;
