@@ -99,7 +99,7 @@ def test_every_kernel_is_there(sass):
 
 @pytest.mark.cuda_build
 def test_sass_of_the_forward(sass):
-    """wgmma for the products and TMA in, in every kernel; TMA out in those whose shared memory has room for the output."""
+    """wgmma for the products, TMA in; TMA out where shared memory has room for the output."""
     kernels = {name: opcodes for name, opcodes in sass.items() if _uses(opcodes, "HGMMA")}
     assert kernels
     without = {x: [name for name, codes in kernels.items() if not _uses(codes, x)] for x in ("UTMALDG", "UTMASTG")}

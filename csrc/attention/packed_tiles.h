@@ -12,7 +12,7 @@ struct PackedTile {
   int first_query;  // within the sequence
   int q_begin;      // of the sequence in the packed tensor
   int seqlen_q;
-  int k_begin;
+  int k_begin;  // -1: rows of no sequence
   int seqlen_k;
 };
 

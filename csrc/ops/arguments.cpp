@@ -86,6 +86,12 @@ Argument contiguous_copy(const Argument& argument) {
   return Argument(argument.name, std::move(copy));
 }
 
+Argument negated_copy(const Argument& argument) {
+  StableIValue stack[1] = {torch::stable::detail::from(*argument.tensor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", stack, TORCH_ABI_VERSION));
+  return Argument(argument.name, torch::stable::detail::to<Tensor>(stack[0]));
+}
+
 Strides strides_of(const Argument& argument) {
   const int64_t batch_dims = argument.rank - 3;
   const int64_t* sizes = argument.sizes + batch_dims;  // (row, head, element)

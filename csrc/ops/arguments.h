@@ -94,6 +94,7 @@ inline Tensor new_tensor(const Argument& like, std::initializer_list<int64_t> si
 }
 // A contiguous copy of an argument.
 Argument contiguous_copy(const Argument& argument);
+Argument negated_copy(const Argument& argument);
 
 // The strides of (batch, row, head, element), or of (row, head, element) when packed. A dimension of size 1 has no
 // stride that anything could depend on; it is given that of a contiguous tensor, which meets every alignment rule.

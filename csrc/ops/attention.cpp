@@ -36,9 +36,9 @@ ForwardCall read_packed(Stack stack) {
 using Launch = void(const ForwardParams& params, const Argument& q);
 
 void run(ForwardCall call, StableIValue* stack, Launch* launch) {
-  const Problem problem = check_forward(call);
+  Problem problem = check_forward(call);
 #ifdef TILEWRIGHT_CUDA
-  if (call.q.is_cuda()) prepare_inputs_cuda(call);
+  if (call.q.is_cuda()) prepare_inputs_cuda(call, problem);
 #endif
   ForwardParams params;
   set_inputs(params, call, problem);

@@ -81,12 +81,16 @@ bool tma_can_address(const Argument& argument) {
 
 }  // namespace
 
-void prepare_inputs_cuda(ForwardCall& call) {
+void prepare_inputs_cuda(ForwardCall& call, Problem& problem) {
   const int capability = compute_capability(call.q.device_index);
   if (capability != 90) {
     throw std::invalid_argument("q must be on a GPU of compute capability 9.0 (Hopper), got " +
                                 std::to_string(capability / 10) + "." + std::to_string(capability % 10) + " on " +
                                 device_name(call.q));
+  }
+  if (problem.scale < 0) {
+    call.q = negated_copy(call.q);
+    problem.scale = -problem.scale;
   }
   for (Argument* argument : {&call.q, &call.k, &call.v}) {
     if (!tma_can_address(*argument)) *argument = contiguous_copy(*argument);

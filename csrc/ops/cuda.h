@@ -1,13 +1,13 @@
 #pragma once
 
 #include "kernels/forward/params.h"
-#include "ops/arguments.h"
+#include "ops/check.h"
 
 namespace tilewright::ops {
 
 // Throws when q's GPU is not the one the kernels are compiled for, and replaces inputs that TMA cannot address by
-// copies.
-void prepare_inputs_cuda(ForwardCall& call);
+// copies. The kernels want a scale that is not negative: the sign moves into a copy of q.
+void prepare_inputs_cuda(ForwardCall& call, Problem& problem);
 
 // Launches the forward on q's device and PyTorch's current stream there.
 void launch_cuda(const ForwardParams& params, const Argument& q);

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "kernels/forward/launch_sm90.h"
 #include "kernels/forward/prepare_packed.cuh"
@@ -47,10 +48,24 @@ Workspace workspace_at(void* memory, const ForwardParams& p, const ForwardTile& 
 }
 
 cudaError_t multiprocessors(int& count) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices];  // 0: not asked yet
   int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
+  cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (device < kMaxDevices) count = known[device].load(std::memory_order_relaxed);
+  if (count > 0) return cudaSuccess;
+  status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess && device < kMaxDevices) known[device].store(count, std::memory_order_relaxed);
+  return status;
+}
+
+// With few tiles a block the static order is as good, and saves the counter's memset. A packed batch's list is only
+// counted on the device.
+bool needs_counter(const ForwardParams& p, const ForwardTile& tile, int blocks) {
+  constexpr int64_t kStaticRounds = 2;
+  const int64_t tiles = int64_t{ceil_div(p.seqlen_q, tile.tile_m)} * p.heads_q * p.batch;
+  return p.cu_seqlens_q || tiles > blocks * kStaticRounds;
 }
 
 // The tile for a problem; a packed batch goes by its total, as one long sequence.
@@ -96,10 +111,11 @@ KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
   // Tiles of one length run best one head after the other: the blocks at work then read the same keys at the same time.
   // A causal order needs many heads to fill the gaps with short tiles, if their keys and values fit in the L2 cache or
   // not.
-  constexpr int64_t kMinUnevenGroup = 16;
+  constexpr int64_t kMinUnevenSequences = 16;
   const bool uneven = p.window.right < p.seqlen_k && p.window.left >= p.seqlen_k;
+  const int64_t min_heads = std::max<int64_t>(1, kMinUnevenSequences / (p.cu_seqlens_q ? std::max(p.batch, 1) : 1));
   const int64_t bytes_a_head = int64_t{std::max(p.seqlen_k, 1)} * (p.head_dim + p.head_dim_v) * 2;
-  const int64_t heads_kv = uneven ? std::max(kMinUnevenGroup, kGroupBytes / bytes_a_head) : 1;
+  const int64_t heads_kv = uneven ? std::max(min_heads, kGroupBytes / bytes_a_head) : 1;
   const int heads = p.heads_q * (p.cu_seqlens_q ? 1 : p.batch);
   kernel.order = {heads, static_cast<int>(std::min<int64_t>(heads_kv * kernel.heads_per_kv, heads))};
   return kernel;
@@ -124,6 +140,7 @@ cudaError_t make_tensor_maps(KernelParams& kernel, const ForwardParams& p, const
 size_t forward_workspace_bytes(const ForwardParams& params) {
   int index = 0, blocks = 0;
   if (choose_tile(params, index, blocks) != cudaSuccess) return 0;  // the launch will say so
+  if (!needs_counter(params, kForwardTiles[index], blocks)) return 0;
   return workspace_at(nullptr, params, kForwardTiles[index]).bytes;
 }
 
@@ -150,9 +167,7 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
   } else {
     const int64_t tiles = int64_t{kernel.tiles} * kernel.order.heads;
     if (tiles > INT32_MAX) return cudaErrorInvalidValue;
-    // With few tiles a block the static order is as good, and saves the counter's memset.
-    constexpr int kStaticRounds = 2;
-    if (tiles > int64_t{blocks} * kStaticRounds) {
+    if (needs_counter(params, tile, blocks)) {
       kernel.next_tile = w.next_tile;
       status = cudaMemsetAsync(w.next_tile, 0, sizeof(int), stream);
     }

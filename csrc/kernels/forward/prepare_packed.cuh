@@ -79,7 +79,7 @@ __device__ inline PackedTile packed_tile(const PrepareParams& p, int index, int&
     (p.first_tile[middle] <= index ? low : high) = middle;
   }
   const PartRows rows = part_rows(p, low);
-  PackedTile tile{(index - p.first_tile[low]) * p.tile_m, rows.begin, rows.length, 0, 0};
+  PackedTile tile{(index - p.first_tile[low]) * p.tile_m, rows.begin, rows.length, -1, 0};
   if (low >= 1 && low <= p.sequences) {
     const SequenceBounds keys = SequenceBounds::packed(p.cu_seqlens_k, low - 1, p.total_k);
     tile.k_begin = keys.begin;

@@ -3,6 +3,7 @@
 #include "kernels/forward/sm90_config.cuh"
 #include "kernels/forward/sm90_consumer.cuh"
 #include "kernels/forward/sm90_producer.cuh"
+#include "ptx/grid_dependency.h"
 #include "ptx/mbarrier.h"
 #include "ptx/registers.h"
 #include "ptx/tma.h"
@@ -49,6 +50,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward_sm90(const __grid_cons
     }
     ptx::fence_mbarrier_init();
   }
+  // Up to here nothing that another kernel may still write has been read: it overlaps the end of the kernel before.
+  ptx::launch_dependent_grids();
+  ptx::wait_for_prerequisite_grids();
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::registers_decrease<C::kProducerRegisters>();

@@ -465,7 +465,7 @@ struct Consumer {
     }
   }
 
-  // A tile whose rows see no key: out 0, lse -inf or the sink.
+  // A tile whose rows see no key: out 0, lse -inf or, in a sequence, the sink.
   __device__ __forceinline__ void write_empty(const TileWork& work) {
     const int first = work.first_query + warpgroup * 64;
     const int rows = min_of(work.seqlen_q - first, 64);
@@ -473,7 +473,8 @@ struct Consumer {
     for (int i = thread; i < rows * pieces; i += 128) {
       *reinterpret_cast<uint4*>(out_row(work, first + i / pieces) + i % pieces * 8) = make_uint4(0, 0, 0, 0);
     }
-    if (thread < rows) lse_of(work)[first + thread] = p.sinks ? p.sinks[work.head] : -CUDART_INF_F;
+    const bool sink = p.sinks && work.k_begin >= 0;
+    if (thread < rows) lse_of(work)[first + thread] = sink ? p.sinks[work.head] : -CUDART_INF_F;
   }
 };
 
