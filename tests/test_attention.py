@@ -134,6 +134,16 @@ def test_large_scores(device, dtype):
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-3)
 
 
+def test_masked_scores_of_any_size(device, dtype):
+    """A huge score of a key that no row sees, in a block that is visited, moves no maximum."""
+    q, k, v = cases.make(device, dtype, seqlen_q=60, seqlen_k=150)
+    out, lse = cases.check_forward(q, k, v, window=(3, 0))
+    k[:, 66:86] *= 1000.0  # the first query stands at position 90
+    v[:, 66:86] *= 1000.0
+    out_huge, lse_huge = cases.call(q, k, v, window=(3, 0))
+    assert torch.equal(out, out_huge) and torch.equal(lse, lse_huge)
+
+
 def test_bits_beyond_the_first_maximum(device, dtype):
     """The running maximum of the online softmax rises in every block of keys, or falls from the first on."""
     q, k, v = cases.make(device, dtype, batch=1, seqlen_q=130, seqlen_k=700, head_dim=64)

@@ -65,17 +65,27 @@ def test_small_sizes(grad_device, dtype, shape):
     cases.check_gradients(q, k, v, causal=True)
 
 
-def test_empty_rows_have_no_gradient(grad_device, dtype):
-    """Also when what flows into an empty row is huge."""
+@pytest.mark.parametrize("into", [1e4, INFINITY, float("nan")])
+def test_empty_rows_have_no_gradient(grad_device, dtype, into):
+    """Whatever flows into them: the square of an lse of -inf sends back -inf."""
     q, k, v = cases.make(grad_device, dtype, seqlen_q=90, seqlen_k=40)
     dout = cases.normal(*q.shape, device=grad_device, dtype=dtype)
     dlse = torch.randn(2, 2, 90, device=grad_device, dtype=cases.sink_dtype(dtype))
     quiet = cases.gradients(cases.call, q, k, v, dout, dlse, causal=True)
-    dout[:, :50], dlse[..., :50] = 1e4, 1e4
+    dout[:, :50], dlse[..., :50] = into, into
     loud = cases.gradients(cases.call, q, k, v, dout, dlse, causal=True)
     assert (loud["q"][:, :50] == 0).all()
     for name, grad in quiet.items():
         assert grad.isfinite().all() and torch.equal(grad, loud[name]), name
+
+
+def test_masked_scores_of_any_size(grad_device, dtype):
+    """exp(score - lse) of a key that no row sees overflows here, in a block that is visited, and must not count."""
+    q, k, v = cases.make(grad_device, dtype, seqlen_q=60, seqlen_k=150)
+    k[:, 66:86] *= 1000.0  # the first query stands at position 90
+    for options in ({"window": (3, 0)}, {"window": (3, 5), "softcap": 500.0}, {"window": (3, 0), "sink_tokens": 66}):
+        cases.check_forward(q, k, v, **options)
+        cases.check_gradients(q, k, v, **options)
 
 
 @pytest.mark.parametrize("through", ["out", "lse"])
