@@ -31,6 +31,12 @@ def has_backward(device):
     return device == "cpu"
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """The compiler's limit of recompilations is for the cases of one test, not of all that share its source."""
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(device, packed):
     """Schema, fake kernel, autograd registration, and tracing with symbolic shapes."""
