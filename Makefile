@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Succeeds when everything asked for is installed already.
 HAS := PIP_CONFIG_FILE=/dev/null $(PIP) install --no-index 2>/dev/null >/dev/null
+# The tests read the machine code of what was built; a CUDA toolkit brings the tool along, a bare nvcc does not.
+HAS_CUOBJDUMP := command -v cuobjdump >/dev/null || test -x /usr/local/cuda/bin/cuobjdump
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python third_party -type f -not -name '*.pyc')
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
@@ -31,6 +33,7 @@ $(VENV)/environment: third_party/requirements.txt third_party/pins.txt
 	$(PYTHON) third_party/inherit_packages.py $(BIN)/python
 	$(HAS) 'torch>=2.10' || $(PIP) install -c third_party/pins.txt torch
 	$(HAS) -r third_party/requirements.txt || $(PIP) install -c third_party/pins.txt -r third_party/requirements.txt
+	$(HAS_CUOBJDUMP) || $(PIP) install -c third_party/pins.txt nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 $(VENV)/installed: $(VENV)/environment $(SOURCES)
