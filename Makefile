@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 8
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 BIN := $(VENV)/bin
