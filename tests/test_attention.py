@@ -153,6 +153,22 @@ def test_bits_beyond_the_first_maximum(device, dtype):
         cases.check_forward(q.abs(), along, v, scale=0.2)
 
 
+@pytest.mark.parametrize("height", [5.0, 12.0, 40.0, 300.0])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_spikes(device, dtype, head_dim, head_dim_v, height):
+    """One key, a few keys, or every later block far above all before it: a kernel may not rely on an old maximum."""
+    q, k, v = cases.make(device, dtype, seqlen_q=130, seqlen_k=600, heads_q=3, head_dim=head_dim, head_dim_v=head_dim_v)
+    q.zero_()[..., 0] = 1.0  # with scale 1 the score of a key is its first number
+    k[0, [3, 599], 0, 0] += height
+    k[0, [200, 330], 1, 0] += height
+    k[0, :64, 2, 0] += height
+    k[1, :, 0, 0] += torch.linspace(height, 0, 600, device=device).to(dtype)
+    k[1, :, 1, 0] += torch.linspace(0, height, 600, device=device).to(dtype)
+    k[1, 130::97, 2, 0] -= height
+    for options in ({"scale": 1.0}, {"scale": 1.0, "causal": True}):
+        cases.check_forward(q, k, v, **options)
+
+
 def test_empty_rows(device, dtype):
     """With more queries than keys the first causal queries see nothing: out 0, lse -inf, or the sink."""
     q, k, v = cases.make(device, dtype, seqlen_q=200, seqlen_k=70, heads_q=2)
