@@ -63,7 +63,7 @@ def call(q, k, v, **options):
 
 
 def plain(q, k, v, **options):
-    """The same by the plain formula, in the dtype of its inputs."""
+    """The same by the plain formula, with the dtype of its inputs."""
     function = reference.attention_varlen if "cu_seqlens_q" in options else reference.attention
     return function(q, k, v, **options)
 
@@ -73,6 +73,12 @@ def in_float64(options):
     return options if sinks is None else {**options, "sinks": sinks.double()}
 
 
+def check_results(results, oracle, yardstick):
+    """(out, lse) against the oracle's."""
+    for name, result, right, other in zip(("out", "lse"), results, oracle, yardstick, strict=True):
+        reference.check_close(name, result, right, other)
+
+
 @torch.no_grad()
 def check_forward(q, k, v, **options):
     """out and lse of one call against the oracle. Returns them."""
@@ -80,40 +86,45 @@ def check_forward(q, k, v, **options):
     assert out.dtype == q.dtype and out.is_contiguous() and out.device == q.device
     assert lse.dtype == sink_dtype(q.dtype) and lse.is_contiguous() and lse.device == q.device
     oracle = plain(q.double(), k.double(), v.double(), **in_float64(options))
-    yardstick = plain(q, k, v, **options)
-    for name, result, right, other in zip(("out", "lse"), (out, lse), oracle, yardstick, strict=True):
-        reference.check_close(name, result, right, other, q.dtype)
+    check_results((out, lse), oracle, plain(q, k, v, fused=True, **options))
     return out, lse
 
 
-def gradients(function, q, k, v, dout, dlse=None, **options):
-    """The gradients of one call by name, with `dout` into out and, unless None, `dlse` into lse."""
+def run(function, q, k, v, dout, dlse=None, **options):
+    """(out, lse) of one call, and its gradients by name, with `dout` into out and, unless None, `dlse` into lse."""
     inputs = {"q": q, "k": k, "v": v}
     if options.get("sinks") is not None:
         inputs["sinks"] = options.pop("sinks")
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out, lse = function(**inputs, **options)
-    given = [(x, dx) for x, dx in ((out, dout), (lse, dlse)) if dx is not None and x.requires_grad]
+    results = function(**inputs, **options)
+    given = [(x, dx) for x, dx in zip(results, (dout, dlse), strict=True) if dx is not None and x.requires_grad]
     if not given:  # the plain formula of no sequence at all
-        return {name: torch.zeros_like(x) for name, x in inputs.items()}
-    results, into = zip(*given, strict=True)
+        return results, {name: torch.zeros_like(x) for name, x in inputs.items()}
+    outputs, into = zip(*given, strict=True)
     # The plain formula does not use every input of a problem with nothing in it.
-    grads = torch.autograd.grad(results, tuple(inputs.values()), into, allow_unused=True, materialize_grads=True)
-    return dict(zip(inputs, grads, strict=True))
+    grads = torch.autograd.grad(outputs, tuple(inputs.values()), into, allow_unused=True, materialize_grads=True)
+    return results, dict(zip(inputs, grads, strict=True))
+
+
+def gradients(function, q, k, v, dout, dlse=None, **options):
+    return run(function, q, k, v, dout, dlse, **options)[1]
 
 
 def check_gradients(q, k, v, *, dout=None, dlse=None, **options):
-    """dq, dk, dv and dsinks of one call against the oracle. Returns them."""
+    """out and lse of one call and its dq, dk, dv and dsinks against the oracle. Returns the gradients."""
     out_shape = (*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     dout = normal(*out_shape, device=q.device, dtype=q.dtype) if dout is None else dout
     dlse = torch.randn(lse_shape, device=q.device, dtype=sink_dtype(q.dtype)) if dlse is None else dlse
-    result = gradients(call, q, k, v, dout, dlse, **options)
+    results, grads = run(call, q, k, v, dout, dlse, **options)
     wide = (x.double() for x in (q, k, v, dout, dlse))
-    oracle = gradients(plain, *wide, **in_float64(options))
-    yardstick = gradients(plain, q, k, v, dout, dlse, fused=True, **options)
-    for name, grad in result.items():
+    oracle_results, oracle = run(plain, *wide, **in_float64(options))
+    # A backward starts from the rounded out, in PyTorch as here: both from the same, which is checked by itself.
+    saved_out = results[0].detach()
+    other_results, yardstick = run(plain, q, k, v, dout, dlse, fused=True, saved_out=saved_out, **options)
+    check_results(results, oracle_results, other_results)
+    for name, grad in grads.items():
         given = options["sinks"] if name == "sinks" else {"q": q, "k": k, "v": v}[name]
         assert grad.dtype == given.dtype and grad.device == given.device
-        reference.check_close(f"d{name}", grad, oracle[name], yardstick[name], q.dtype)
-    return result
+        reference.check_close(f"d{name}", grad, oracle[name], yardstick[name])
+    return grads

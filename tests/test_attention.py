@@ -1,7 +1,5 @@
 """The forward of `attention`: out and lse against the oracle."""
 
-import math
-
 import cases
 import pytest
 import torch
@@ -310,17 +308,3 @@ def test_inputs_are_left_alone(device, dtype):
     copies = [t.clone() for t in x]
     cases.call(*x, causal=True, softcap=10.0, scale=0.5)
     assert all(torch.equal(t, copy) for t, copy in zip(x, copies, strict=True))
-
-
-def test_agrees_with_torch(device, dtype):
-    """The oracle itself against torch's own attention, which says the same without our options."""
-    q, k, v = cases.make(device, torch.float64, seqlen_q=40, seqlen_k=40, heads_q=4, heads_kv=2)
-    ours, _ = cases.plain(q, k, v, causal=True)
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    torchs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(ours, torchs.transpose(1, 2))
-    assert math.isclose(float(cases.plain(q, k, v)[1][0, 0, 0]), _logsumexp(q[0, 0, 0], k[0, :, 0]), rel_tol=1e-12)
-
-
-def _logsumexp(q, k):
-    return math.log(sum(math.exp(sum(a * b for a, b in zip(q.tolist(), row, strict=True)) / 8) for row in k.tolist()))
