@@ -28,14 +28,15 @@ DTYPES = {
     "cuda": [torch.bfloat16, torch.float16],
 }
 
-# No shrinking: with the oracle in every example it takes minutes, and the examples are small as they are.
+# In CI, which decides about a change, the same random numbers and the same examples every time; elsewhere fresh ones.
+CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 hypothesis.settings.register_profile(
     "tilewright",
     deadline=None,
     database=None,
-    # Fresh examples wherever the suite is run by hand or on a GPU; the same ones in CI, which decides about a change.
-    derandomize=bool(os.environ.get("CI")),
+    derandomize=CI,
     print_blob=True,
+    # No shrinking: with the oracle in every example it takes minutes, and the examples are small as they are.
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 hypothesis.settings.load_profile("tilewright")
@@ -47,16 +48,17 @@ def dtype_name(dtype):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a Hopper GPU; left out on other machines")
-    # Set before xdist starts its workers, which inherit it.
-    os.environ.setdefault("TILEWRIGHT_SEED", str(random.SystemRandom().getrandbits(32)))
     config.addinivalue_line("markers", "cuda_build: needs a package that was built with nvcc; left out of others")
+    # Set before xdist starts its workers, which inherit it.
+    os.environ.setdefault("TILEWRIGHT_SEED", "0" if CI else str(random.SystemRandom().getrandbits(32)))
     if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would only wait for each other
         torch.set_num_threads(1)
 
 
 def pytest_report_header():
     gpu = torch.cuda.get_device_name() if HOPPER else "none"
-    return f"tilewright: GPU {gpu}, torch {torch.__version__}, TILEWRIGHT_SEED={os.environ['TILEWRIGHT_SEED']}"
+    seed = f"TILEWRIGHT_SEED={os.environ['TILEWRIGHT_SEED']}, Hypothesis draws {'the same' if CI else 'fresh'} examples"
+    return f"tilewright: GPU {gpu}, torch {torch.__version__}, {seed}"
 
 
 def pytest_generate_tests(metafunc):
@@ -83,7 +85,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """Fresh random numbers for every test of every run; a failure prints what repeats them."""
+    """Other random numbers for every test, from the run's seed; a failure prints what repeats them."""
     run = os.environ["TILEWRIGHT_SEED"]
     seed = int.from_bytes(hashlib.sha256(f"{run} {request.node.nodeid}".encode()).digest()[:4], "little")
     torch.manual_seed(seed)
