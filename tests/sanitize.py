@@ -1,4 +1,4 @@
-"""Every Hopper kernel once, on small shapes, for compute-sanitizer:
+"""Every instance of the Hopper forward, on small shapes, for compute-sanitizer:
 
     for tool in memcheck synccheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitize.py
@@ -8,8 +8,8 @@
 initcheck does not see what bulk copies write, so it would report our outputs when they are copied to the host; with
 --no-compare nothing is copied back, and what it reports is what a kernel read before anything wrote it.
 
-The results are compared loosely with the oracle, on the CPU, so that nothing but copies and our own kernels runs on the
-GPU. racecheck is of no use here: it reports hazards for raw bulk copies that are none.
+The oracle is computed on the CPU, so that nothing but copies and our own kernels runs on the GPU. Packed sequences
+stand in NaN. racecheck is of no use here: it reports hazards for raw bulk copies that are none.
 """
 
 import os
@@ -19,43 +19,58 @@ import sys
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import cases
+import tiles
 import torch
+from tiles import Problem
 
 import tilewright
 
-HEAD_DIMS = [(64, 64), (128, 128), (192, 128), (256, 256), (72, 40), (64, 256)]
-DTYPES = [torch.bfloat16, torch.float16]
+KERNELS = [name for name in tilewright.build_info()["kernels"] if name.startswith("forward_")]
 
 
-def compare(q, k, v, **options):
-    expected = cases.plain(q.double(), k.double(), v.double(), **cases.in_float64(options))
+def compare(problem, dtype):
+    (q, k, v), options = problem.make("cpu", dtype)
     moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     result = cases.call(q.cuda(), k.cuda(), v.cuda(), **moved)
     torch.cuda.synchronize()
     if "--no-compare" in sys.argv:
         return
-    for ours, right in zip(result, expected, strict=True):
-        torch.testing.assert_close(ours.cpu().double(), right, rtol=3e-2, atol=3e-2)
+    oracle = cases.plain(q.double(), k.double(), v.double(), **cases.in_float64(options))
+    cases.check_results([x.cpu() for x in result], oracle, cases.plain(q, k, v, fused=True, **options))
+
+
+def of_each_layout(kernel, element, count):
+    """A plain and a packed problem for the kernel, with as many options as the table has for it, small."""
+    own = [problem for problem in tiles.problems() if problem.kernel(element, count) == kernel]
+    for packed in (False, True):
+        layout = [problem for problem in own if problem.packed == packed]
+        yield min(layout, key=lambda problem: (-len(problem.options), problem.work))
+
+
+def others(count):
+    """No key at all, more tiles than a fixed order is used for (two rounds), head dimensions far from a tile's."""
+    for head_dim, head_dim_v in tiles.head_dims():
+        yield Problem(head_dim, head_dim_v, [70], [0], False, {})
+        yield Problem(head_dim, head_dim_v, [5] * count, [9] * count, False, {"causal": True})  # 4 rounds: 4 heads
+    for head_dim, head_dim_v in ((72, 40), (64, 256)):
+        yield Problem(head_dim, head_dim_v, [150], [301], False, {"window": (90, 5), "sink_tokens": 3})
 
 
 def main():
     torch.manual_seed(0)
-    count = 0
-    for dtype in DTYPES:
-        for head_dim, head_dim_v in HEAD_DIMS:
-            shape = {"heads_q": 4, "heads_kv": 2, "head_dim": head_dim, "head_dim_v": head_dim_v}
-            sinks = cases.make_sinks(4, "cpu", dtype)
-            all_options = ({"causal": True}, {"window": (90, 5), "sink_tokens": 3, "softcap": 9.0, "sinks": sinks})
-            for options in all_options:
-                compare(*cases.make("cpu", dtype, batch=1, seqlen_q=150, seqlen_k=301, **shape), **options)
-                q, k, v, cu_seqlens = cases.make_packed(
-                    "cpu", dtype, [130, 0, 9], [200, 7, 9], first=3, tail=5, **shape
-                )
-                compare(q, k, v, **cu_seqlens, **options)
-                count += 2
-            compare(*cases.make("cpu", dtype, batch=1, seqlen_q=70, seqlen_k=0, **shape))
-            print(f"{dtype} {head_dim}/{head_dim_v}: agrees", flush=True)
-    print(f"{count} calls, kernels {tilewright.build_info()['kernel_id']}")
+    count = tiles.multiprocessors("cuda")
+    calls = 0
+    for kernel in KERNELS:
+        element = kernel.split("_")[1]
+        for problem in of_each_layout(kernel, element, count):
+            compare(problem, tiles.DTYPES[element])
+            calls += 1
+        print(f"{kernel}: agrees", flush=True)
+    for problem in others(count):
+        compare(problem, torch.bfloat16)
+        calls += 1
+        print(f"{problem}: agrees", flush=True)
+    print(f"{calls} calls, kernels {tilewright.build_info()['kernel_id']}")
 
 
 if __name__ == "__main__":
