@@ -127,7 +127,7 @@ BAD = {
     "window of three": (lambda a: {"window": (1, 2, 3)}, (TypeError, ValueError), ["window", "(1, 2, 3)"]),
     "window a number": (lambda a: {"window": 5}, (TypeError, ValueError), ["window", "5"]),
     "window of fractions": (lambda a: {"window": (1.5, 0)}, (TypeError, ValueError), ["window", "1.5"]),
-    "sink_tokens negative": (lambda a: {"sink_tokens": -3}, ValueError, ["sink_tokens", "-3", "0 or"]),
+    "sink_tokens negative": (lambda a: {"sink_tokens": -3}, ValueError, ["sink_tokens", "0 or above, got -3"]),
     "softcap negative": (lambda a: {"softcap": -1.0}, ValueError, ["softcap", "-1", "0 or"]),
     "softcap NaN": (lambda a: {"softcap": float("nan")}, ValueError, ["softcap", "nan"]),
     "softcap infinite": (lambda a: {"softcap": float("inf")}, ValueError, ["softcap", "inf"]),
