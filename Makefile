@@ -44,7 +44,7 @@ wheel: $(VENV)/environment
 	$(PIP) wheel --no-build-isolation --no-deps -w dist .
 
 $(VENV)/linters: $(VENV)/environment
-	$(PIP) install -c third_party/pins.txt ruff clang-format
+	$(PIP) install --ignore-installed -c third_party/pins.txt ruff clang-format
 	touch $@
 
 lint: $(VENV)/linters
