@@ -9,14 +9,14 @@ namespace tilewright::ops {
 Argument::Argument(const char* name, Tensor value) : name(name), tensor(std::move(value)) {
   const AtenTensorHandle handle = tensor->get();
   int64_t* borrowed = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &rank));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &borrowed));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &rank));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &borrowed));
   sizes = borrowed;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &borrowed));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &borrowed));
   strides = borrowed;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
 }
 
 Options Stack::options() {
@@ -75,7 +75,7 @@ Tensor new_tensor(const Argument& like, const int64_t* sizes, int64_t rank, int3
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes, strides, dtype, like.device_type, like.device_index, &handle));
   return Tensor(handle);
 }
@@ -88,7 +88,7 @@ Argument contiguous_copy(const Argument& argument) {
 
 Argument negated_copy(const Argument& argument) {
   StableIValue stack[1] = {torch::stable::detail::from(*argument.tensor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", stack, TORCH_ABI_VERSION));
   return Argument(argument.name, torch::stable::detail::to<Tensor>(stack[0]));
 }
 

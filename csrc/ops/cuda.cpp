@@ -63,7 +63,7 @@ cudaStream_t current_stream(int device) {
   }();
   if (!get_stream) throw std::runtime_error("tilewright: this torch has no CUDA (libtorch_cuda.so is not loaded)");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

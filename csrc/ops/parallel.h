@@ -14,7 +14,7 @@ namespace tilewright::ops {
 // tile costs what its place costs, and equal shares would leave half the threads waiting.
 inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   if (count <= 1 || threads <= 1) {
     if (count > 0) body(0, count);
     return;
@@ -35,7 +35,7 @@ inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_
     }
   };
   const int64_t workers = std::min<int64_t>(threads, count);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run, &work));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run, &work));
 }
 
 }  // namespace tilewright::ops
