@@ -2,12 +2,16 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <stdexcept>
 #include <utility>
 
 namespace tilewright::ops {
 
 Argument::Argument(const char* name, Tensor value) : name(name), tensor(std::move(value)) {
   const AtenTensorHandle handle = tensor->get();
+  bool defined = false;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined));
+  if (!defined) throw std::invalid_argument(std::string(name) + " must be a tensor, got None");
   int64_t* borrowed = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &rank));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &borrowed));

@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 from tilewright import _dispatch
+from tilewright._dispatch import below_autocast, below_autograd, functorch_is_active, is_compiling, needs_grad
 from tilewright._library import ops
 
-
-def _save(ctx: Any, inputs: tuple, keywords: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
-    """Keeps what the backward needs; `inputs` are q, k, v, [cu_seqlens_q, cu_seqlens_k,] sinks."""
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
-    ctx.keywords = keywords
-    # An output that nothing depends on then has the gradient None, and costs nothing.
-    ctx.set_materialize_grads(False)
+_attention = _dispatch.direct(ops.attention.default)
+_attention_varlen = _dispatch.direct(ops.attention_varlen.default)
 
 
 def _gradients(ctx: Any, operator: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the saved inputs, None where none is needed."""
+    """The gradients of the saved inputs, None where none is needed, and None for the keywords."""
     q, k, v, out, lse, *rest = ctx.saved_tensors
     none_for_cu_seqlens = (None,) * (len(rest) - 1)
     if dout is None and dlse is None:
-        return None, None, None, *none_for_cu_seqlens, None
+        return None, None, None, *none_for_cu_seqlens, None, None
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = operator(dout, dlse, q, k, v, out, lse, *rest, **ctx.keywords)
-    grads = (dq, dk, dv, *none_for_cu_seqlens, dsinks)
-    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    if is_compiling() or torch.is_grad_enabled():  # with create_graph=True
+        dq, dk, dv, dsinks = operator(dout, dlse, q, k, v, out, lse, *rest, **ctx.keywords)
+    else:
+        with below_autograd():
+            dq, dk, dv, dsinks = operator(dout, dlse, q, k, v, out, lse, *rest, **ctx.keywords)
+    grads = (dq, dk, dv, *none_for_cu_seqlens, dsinks, None)
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 class Attention(torch.autograd.Function):
@@ -58,14 +58,17 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keywords: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        with _dispatch.below_autocast():
-            output = ops.attention.default(q, k, v, sinks, **keywords)
-        _save(ctx, (q, k, v, sinks), keywords, output)
-        return output
+        with below_autocast():
+            out, lse = _attention(q, k, v, sinks, **keywords)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.keywords = keywords
+        # An output that nothing depends on then has the gradient None, and costs nothing.
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, ops.attention_backward.default, dout, dlse), None
+        return _gradients(ctx, ops.attention_backward.default, dout, dlse)
 
 
 class AttentionVarlen(torch.autograd.Function):
@@ -91,30 +94,44 @@ class AttentionVarlen(torch.autograd.Function):
         sinks: Tensor | None,
         keywords: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        with _dispatch.below_autocast():
-            output = ops.attention_varlen.default(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, **keywords)
-        _save(ctx, (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks), keywords, output)
-        return output
+        with below_autocast():
+            out, lse = _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, **keywords)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks)
+        ctx.keywords = keywords
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, ops.attention_varlen_backward.default, dout, dlse), None
+        return _gradients(ctx, ops.attention_varlen_backward.default, dout, dlse)
 
 
-def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs, keyword_only_inputs, output)
+# What torch.library.register_autograd would register calls the same Functions, but fills in the schema's defaults on
+# every call, which takes 50 µs.
+
+_apply = _dispatch.quick_apply(Attention)
+_apply_varlen = _dispatch.quick_apply(AttentionVarlen)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, ops.attention_backward.default, dout, dlse)
+def _autograd(q, k, v, sinks=None, **keywords):
+    if needs_grad(q, k, v, sinks):
+        apply = Attention.apply if functorch_is_active() else _apply
+        return apply(q, k, v, sinks, keywords)
+    with below_autograd():
+        return _attention(q, k, v, sinks, **keywords)
 
 
-def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, ops.attention_varlen_backward.default, dout, dlse)
+def _autograd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks=None, **keywords):
+    if needs_grad(q, k, v, sinks):
+        apply = AttentionVarlen.apply if functorch_is_active() else _apply_varlen
+        return apply(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, keywords)
+    with below_autograd():
+        return _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, **keywords)
 
 
-torch.library.register_autograd("tilewright::attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("tilewright::attention_varlen", _backward_varlen, setup_context=_setup_context)
+_library = torch.library.Library("tilewright", "IMPL")
+_library.impl("attention", _autograd, "Autograd")
+_library.impl("attention_varlen", _autograd_varlen, "Autograd")
 
 
 def _no_second_derivative(*_args: Any) -> Any:

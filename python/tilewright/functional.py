@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from tilewright import _dispatch
+from tilewright._dispatch import below_autograd, direct, needs_grad, quick_apply, takes_operator, unwrap_if_dead
 from tilewright._library import ops
 from tilewright.autograd import Attention, AttentionVarlen
+
+_attention = direct(ops.attention.default)
+_attention_varlen = direct(ops.attention_varlen.default)
+_apply = quick_apply(Attention)
+_apply_varlen = quick_apply(AttentionVarlen)
 
 _INTEGERS = (int, torch.SymInt)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
-def _tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+def _refuse(**tensors: Any) -> NoReturn:
+    """Says which of the arguments is no tensor."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    raise AssertionError(f"{', '.join(tensors)} are all tensors")
 
 
 def _typed(name: str, value: Any, types: tuple[type, ...], wanted: str) -> Any:
@@ -109,19 +117,19 @@ def attention(
     (Milakov & Gimelshein, 2018). sinks: Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023, as
     learned logits in gpt-oss; softcap: Gemma 2, 2024.
     """
-    _tensor("q", q)
-    _tensor("k", k)
-    _tensor("v", v)
-    if sinks is not None:
-        _tensor("sinks", sinks)
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _refuse(q=q, k=k, v=v)
+    if not (sinks is None or isinstance(sinks, Tensor)):
+        _refuse(sinks=sinks)
     keywords = _keywords(causal, window, scale, softcap, sink_tokens, deterministic)
-    if _dispatch.takes_operator(q):
+    if takes_operator(q):
         out, lse = ops.attention.default(q, k, v, sinks, **keywords)
-    elif _dispatch.needs_grad(q, k, v, sinks):
-        out, lse = Attention.apply(q, k, v, sinks, keywords)
+    elif needs_grad(q, k, v, sinks):
+        q, k, v = unwrap_if_dead(q), unwrap_if_dead(k), unwrap_if_dead(v)
+        out, lse = _apply(q, k, v, None if sinks is None else unwrap_if_dead(sinks), keywords)
     else:
-        with _dispatch.below_autograd():
-            out, lse = ops.attention.default(q, k, v, sinks, **keywords)
+        with below_autograd():
+            out, lse = _attention(q, k, v, sinks, **keywords)
     return (out, lse) if return_lse else out
 
 
@@ -175,24 +183,24 @@ def attention_varlen(
 
     The method is that of :func:`attention`; the packed layout is FlashAttention's (Dao, 2023).
     """
-    _tensor("q", q)
-    _tensor("k", k)
-    _tensor("v", v)
-    _tensor("cu_seqlens_q", cu_seqlens_q)
-    _tensor("cu_seqlens_k", cu_seqlens_k)
-    if sinks is not None:
-        _tensor("sinks", sinks)
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _refuse(q=q, k=k, v=v)
+    if not (isinstance(cu_seqlens_q, Tensor) and isinstance(cu_seqlens_k, Tensor)):
+        _refuse(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if not (sinks is None or isinstance(sinks, Tensor)):
+        _refuse(sinks=sinks)
     keywords = _keywords(causal, window, scale, softcap, sink_tokens, deterministic)
     if max_seqlen_q is not None:
         keywords["max_seqlen_q"] = _typed("max_seqlen_q", max_seqlen_q, _INTEGERS, "an integer or None")
     if max_seqlen_k is not None:
         keywords["max_seqlen_k"] = _typed("max_seqlen_k", max_seqlen_k, _INTEGERS, "an integer or None")
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks)
-    if _dispatch.takes_operator(q):
+    if takes_operator(q):
         out, lse = ops.attention_varlen.default(*tensors, **keywords)
-    elif _dispatch.needs_grad(q, k, v, sinks):
-        out, lse = AttentionVarlen.apply(*tensors, keywords)
+    elif needs_grad(q, k, v, sinks):
+        tensors = [None if tensor is None else unwrap_if_dead(tensor) for tensor in tensors]
+        out, lse = _apply_varlen(*tensors, keywords)
     else:
-        with _dispatch.below_autograd():
-            out, lse = ops.attention_varlen.default(*tensors, **keywords)
+        with below_autograd():
+            out, lse = _attention_varlen(*tensors, **keywords)
     return (out, lse) if return_lse else out
