@@ -70,18 +70,46 @@ std::string shape_text(const int64_t* sizes, int64_t rank) {
   return text + ")";
 }
 
-Tensor new_tensor(const Argument& like, const int64_t* sizes, int64_t rank, int32_t dtype) {
-  constexpr int64_t kMaxRank = 4;
+namespace {
+
+constexpr int64_t kMaxRank = 4;
+
+struct Contiguous {
   int64_t strides[kMaxRank];
-  int64_t stride = 1;
-  for (int64_t i = rank - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  int64_t elements = 1;
+
+  Contiguous(const int64_t* sizes, int64_t rank) {
+    int64_t stride = 1;
+    for (int64_t i = rank - 1; i >= 0; --i) {
+      strides[i] = stride;
+      stride *= sizes[i] > 1 ? sizes[i] : 1;
+      elements *= sizes[i];
+    }
   }
+};
+
+}  // namespace
+
+Tensor new_tensor(const Argument& like, const int64_t* sizes, int64_t rank, int32_t dtype) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, sizes, strides, dtype, like.device_type, like.device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, Contiguous(sizes, rank).strides, dtype, like.device_type,
+                                                  like.device_index, &handle));
   return Tensor(handle);
+}
+
+TensorAndWorkspace new_tensor_and_workspace(const Argument& like, std::initializer_list<int64_t> sizes, int32_t dtype,
+                                            size_t workspace_bytes) {
+  if (workspace_bytes == 0) return {new_tensor(like, sizes, dtype), nullptr};
+  constexpr size_t kAlignment = 16;
+  const int64_t rank = static_cast<int64_t>(sizes.size());
+  const Contiguous shape(sizes.begin(), rank);
+  const size_t element = aoti_torch_dtype_element_size(dtype);
+  const size_t start = (shape.elements * element + kAlignment - 1) / kAlignment * kAlignment;
+  const Tensor both =
+      new_tensor(like, {static_cast<int64_t>((start + workspace_bytes + element - 1) / element)}, dtype);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(both.get(), rank, sizes.begin(), shape.strides, 0, &handle));
+  return {Tensor(handle), static_cast<char*>(both.mutable_data_ptr()) + start};
 }
 
 Argument contiguous_copy(const Argument& argument) {

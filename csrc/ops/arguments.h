@@ -92,6 +92,16 @@ Tensor new_tensor(const Argument& like, const int64_t* sizes, int64_t rank, int3
 inline Tensor new_tensor(const Argument& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
   return new_tensor(like, sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
+
+// A new contiguous tensor with memory for a kernel's own use behind it, uninitialised, aligned to 16 bytes: a second
+// allocation would cost the host a microsecond. The tensor keeps that memory.
+struct TensorAndWorkspace {
+  Tensor tensor;
+  void* workspace;  // null when there are no bytes
+};
+TensorAndWorkspace new_tensor_and_workspace(const Argument& like, std::initializer_list<int64_t> sizes, int32_t dtype,
+                                            size_t workspace_bytes);
+
 // A contiguous copy of an argument.
 Argument contiguous_copy(const Argument& argument);
 Argument negated_copy(const Argument& argument);

@@ -97,15 +97,14 @@ void prepare_inputs_cuda(ForwardCall& call, Problem& problem) {
   }
 }
 
-void launch_cuda(const ForwardParams& params, const Argument& q) {
+size_t workspace_bytes_cuda(const ForwardParams& params, const Argument& q) {
   const DeviceGuard guard(q.device_index);
-  std::optional<Tensor> workspace;
-  if (const size_t bytes = forward_workspace_bytes(params)) {
-    workspace = new_tensor(q, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
-  }
-  // The caching allocator keeps the memory for this stream, so that it may be freed before the kernel has run.
-  void* memory = workspace ? workspace->mutable_data_ptr() : nullptr;
-  check_cuda(forward_sm90(params, memory, current_stream(q.device_index)), "attention's launch failed");
+  return forward_workspace_bytes(params);
+}
+
+void launch_cuda(const ForwardParams& params, void* workspace, const Argument& q) {
+  const DeviceGuard guard(q.device_index);
+  check_cuda(forward_sm90(params, workspace, current_stream(q.device_index)), "attention's launch failed");
 }
 
 }  // namespace tilewright::ops

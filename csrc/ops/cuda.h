@@ -9,7 +9,9 @@ namespace tilewright::ops {
 // copies. The kernels want a scale that is not negative: the sign moves into a copy of q.
 void prepare_inputs_cuda(ForwardCall& call, Problem& problem);
 
+// What the launch needs beside the tensors; the pointers to out and lse are not asked for yet.
+size_t workspace_bytes_cuda(const ForwardParams& params, const Argument& q);
 // Launches the forward on q's device and PyTorch's current stream there.
-void launch_cuda(const ForwardParams& params, const Argument& q);
+void launch_cuda(const ForwardParams& params, void* workspace, const Argument& q);
 
 }  // namespace tilewright::ops
