@@ -26,7 +26,8 @@ lengths = st.one_of(st.integers(0, 300), st.integers(0, 1 << 20))
     heads=st.integers(0, 1 << 16),
     seqlen_q=lengths,
     seqlen_k=lengths,
-    causal=st.booleans(),
+    window_left=st.none() | lengths,
+    window_right=st.none() | lengths,
     multiprocessors=st.integers(1, 200),
 )
 def test_choice(head_dim, head_dim_v, **problem):
@@ -46,6 +47,11 @@ def test_small_head_dims_get_small_tiles():
 def test_no_tile_holds_it(head_dim, head_dim_v):
     with pytest.raises(ValueError, match="256"):
         _tilewright.forward_tile(head_dim, head_dim_v)
+
+
+def test_no_multiprocessors():
+    with pytest.raises(ValueError, match="multiprocessors"):
+        _tilewright.forward_tile(64, 64, multiprocessors=0)
 
 
 @pytest.mark.cuda_build

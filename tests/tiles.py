@@ -36,18 +36,22 @@ class Problem:
         return pairs * (self.head_dim + self.head_dim_v)
 
     def tile(self, multiprocessors):
-        """What the forward uses for it. A packed batch goes by its total, as one long sequence."""
+        """What the forward uses for it. A packed batch goes by its mean length."""
         around = FIRST + TAIL if self.packed else 0
-        rows, keys = (sum(x) + around if self.packed else x[0] for x in (self.lengths_q, self.lengths_k))
-        right = 0 if self.options.get("causal") else self.options.get("window", (None, None))[1]
+        batch = len(self.lengths_q)
+        rows, keys = (-((sum(x) + around) // -batch) if self.packed else x[0] for x in (self.lengths_q, self.lengths_k))
+        left, right = self.options.get("window", (None, None))
+        if self.options.get("causal"):
+            right = 0
         return _tilewright.forward_tile(
             self.head_dim,
             self.head_dim_v,
             softcap=self.options.get("softcap", 0.0) > 0,
-            heads=self.heads_q * (1 if self.packed else len(self.lengths_q)),
+            heads=self.heads_q * batch,
             seqlen_q=rows,
             seqlen_k=keys,
-            causal=right is not None and right < keys,
+            window_left=left,
+            window_right=right,
             multiprocessors=multiprocessors,
         )
 

@@ -1,15 +1,37 @@
 #pragma once
 
+#include <cstdint>
+
 #include "attention/host_device.h"
 
 namespace tilewright {
+
+// Division by a number known beforehand, for 0 <= n < 2^31: a multiplication.
+struct Divisor {
+  uint32_t divisor;
+  uint32_t multiplier;
+  int shift;
+
+  // With 2^k >= divisor, q = n (2^(31 + k) / divisor rounded up) / 2^(31 + k) is exact (Granlund and Montgomery, 1994).
+  TILEWRIGHT_HOST_DEVICE static constexpr Divisor of(int divisor) {
+    int k = 0;
+    while ((int64_t{1} << k) < divisor) ++k;
+    const uint64_t power = uint64_t{1} << (31 + k);
+    return {static_cast<uint32_t>(divisor), static_cast<uint32_t>((power + divisor - 1) / divisor), 31 + k};
+  }
+  TILEWRIGHT_HOST_DEVICE constexpr int divide(int n) const {
+    return static_cast<int>((uint64_t{static_cast<uint32_t>(n)} * multiplier) >> shift);
+  }
+};
+static_assert(Divisor::of(1).divide(0x7fffffff) == 0x7fffffff && Divisor::of(7).divide(0x7fffffff) == 306783378 &&
+              Divisor::of(3).divide(8) == 2 && Divisor::of(0x7fffffff).divide(0x7ffffffe) == 0);
 
 // The order in which tiles of queries are worked off: group after group of heads, in a group the longest tiles first
 // (the last rows of a causal sequence see the most keys), and of equally long tiles one of each head: heads that share
 // keys and values run at the same time.
 struct TileOrder {
-  int heads;       // (head, batch) pairs; packed: heads
-  int head_group;  // of them in a group
+  int heads;           // (head, batch) pairs; packed: heads
+  Divisor head_group;  // of them in a group
 
   struct Tile {
     int tile;  // 0 is the longest
@@ -17,11 +39,13 @@ struct TileOrder {
   };
 
   TILEWRIGHT_HOST_DEVICE Tile at(int index, int tiles) const {
-    const int per_group = head_group * tiles;
-    const int group = index / per_group;
+    const int in_group = static_cast<int>(head_group.divisor);
+    const int per_group = in_group * tiles;
+    const int group = per_group < heads * tiles ? index / per_group : 0;
     const int rest = index - group * per_group;
-    const int size = min_of(head_group, heads - group * head_group);
-    return {rest / size, group * head_group + rest % size};
+    const int size = min_of(in_group, heads - group * in_group);
+    const int tile = size == in_group ? head_group.divide(rest) : rest / size;
+    return {tile, group * in_group + rest - tile * size};
   }
 };
 

@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "attention/window.h"
 #include "kernels/forward/select.h"
 
 namespace {
@@ -29,10 +31,13 @@ pybind11::dict build_info() {
 
 // What kernels/forward/select.h picks for a problem.
 pybind11::dict forward_tile(int head_dim, int head_dim_v, bool softcap, int64_t heads, int seqlen_q, int seqlen_k,
-                            bool causal, int multiprocessors) {
+                            std::optional<int> window_left, std::optional<int> window_right, int multiprocessors) {
   using namespace pybind11::literals;
-  const int index = tilewright::select_forward_tile(
-      {head_dim, head_dim_v, softcap, heads, seqlen_q, seqlen_k, causal, multiprocessors});
+  if (multiprocessors < 1) throw pybind11::value_error("multiprocessors must be at least 1");
+  const tilewright::Window unbounded;
+  const int index = tilewright::select_forward_tile({head_dim, head_dim_v, softcap, heads, seqlen_q, seqlen_k,
+                                                     window_left.value_or(unbounded.left),
+                                                     window_right.value_or(unbounded.right), multiprocessors});
   if (index < 0) throw pybind11::value_error("head_dim and head_dim_v must be at most 256");
   const tilewright::ForwardTile& tile = tilewright::kForwardTiles[index];
   return pybind11::dict("head_dim"_a = tile.head_dim, "head_dim_v"_a = tile.head_dim_v, "tile_m"_a = tile.tile_m,
@@ -45,6 +50,7 @@ PYBIND11_MODULE(_tilewright, module) {
   module.def("build_info", &build_info, "What this binary was built from and what it holds.");
   module.def("forward_tile", &forward_tile, pybind11::arg("head_dim"), pybind11::arg("head_dim_v"),
              pybind11::arg("softcap") = false, pybind11::arg("heads") = 1024, pybind11::arg("seqlen_q") = 4096,
-             pybind11::arg("seqlen_k") = 4096, pybind11::arg("causal") = false, pybind11::arg("multiprocessors") = 132,
+             pybind11::arg("seqlen_k") = 4096, pybind11::arg("window_left") = pybind11::none(),
+             pybind11::arg("window_right") = pybind11::none(), pybind11::arg("multiprocessors") = 132,
              "The tile that the Hopper forward uses for a problem; heads are counted over the batch.");
 }

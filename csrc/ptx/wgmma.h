@@ -31,29 +31,21 @@ struct Wgmma;
 #define TILEWRIGHT_D8(i)                                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
+#define TILEWRIGHT_D24 TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16)
 #define TILEWRIGHT_D32 TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24)
 #define TILEWRIGHT_D40 TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32)
 #define TILEWRIGHT_D48 \
   TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32), TILEWRIGHT_D8(40)
-#define TILEWRIGHT_D56                                                                                            \
-  TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32), TILEWRIGHT_D8(40), \
-      TILEWRIGHT_D8(48)
 #define TILEWRIGHT_D64                                                                                            \
   TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32), TILEWRIGHT_D8(40), \
       TILEWRIGHT_D8(48), TILEWRIGHT_D8(56)
-#define TILEWRIGHT_D80                                                                                            \
-  TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32), TILEWRIGHT_D8(40), \
-      TILEWRIGHT_D8(48), TILEWRIGHT_D8(56), TILEWRIGHT_D8(64), TILEWRIGHT_D8(72)
-#define TILEWRIGHT_D88                                                                                            \
-  TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32), TILEWRIGHT_D8(40), \
-      TILEWRIGHT_D8(48), TILEWRIGHT_D8(56), TILEWRIGHT_D8(64), TILEWRIGHT_D8(72), TILEWRIGHT_D8(80)
-#define TILEWRIGHT_D96                                                                                            \
-  TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32), TILEWRIGHT_D8(40), \
-      TILEWRIGHT_D8(48), TILEWRIGHT_D8(56), TILEWRIGHT_D8(64), TILEWRIGHT_D8(72), TILEWRIGHT_D8(80), TILEWRIGHT_D8(88)
 #define TILEWRIGHT_D128                                                                                           \
   TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32), TILEWRIGHT_D8(40), \
       TILEWRIGHT_D8(48), TILEWRIGHT_D8(56), TILEWRIGHT_D8(64), TILEWRIGHT_D8(72), TILEWRIGHT_D8(80),              \
       TILEWRIGHT_D8(88), TILEWRIGHT_D8(96), TILEWRIGHT_D8(104), TILEWRIGHT_D8(112), TILEWRIGHT_D8(120)
+#define TILEWRIGHT_NAMES24                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23"
 #define TILEWRIGHT_NAMES32                                                 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -65,36 +57,11 @@ struct Wgmma;
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define TILEWRIGHT_NAMES56                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55"
 #define TILEWRIGHT_NAMES64                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define TILEWRIGHT_NAMES80                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define TILEWRIGHT_NAMES88                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87"
-#define TILEWRIGHT_NAMES96                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define TILEWRIGHT_NAMES128                                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
@@ -130,6 +97,9 @@ struct Wgmma;
                    : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajor)));             \
     }                                                                                                               \
   };
+TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 48, 24, "%24", "%25", "%26", "%27", "%28", "%29", "%30", "%24", "%25", "%26",
+                 "%27")
+TILEWRIGHT_WGMMA(__half, "f16", 48, 24, "%24", "%25", "%26", "%27", "%28", "%29", "%30", "%24", "%25", "%26", "%27")
 TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%32", "%33", "%34",
                  "%35")
 TILEWRIGHT_WGMMA(__half, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%32", "%33", "%34", "%35")
@@ -139,43 +109,25 @@ TILEWRIGHT_WGMMA(__half, "f16", 80, 40, "%40", "%41", "%42", "%43", "%44", "%45"
 TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54", "%48", "%49", "%50",
                  "%51")
 TILEWRIGHT_WGMMA(__half, "f16", 96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54", "%48", "%49", "%50", "%51")
-TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 112, 56, "%56", "%57", "%58", "%59", "%60", "%61", "%62", "%56", "%57", "%58",
-                 "%59")
-TILEWRIGHT_WGMMA(__half, "f16", 112, 56, "%56", "%57", "%58", "%59", "%60", "%61", "%62", "%56", "%57", "%58", "%59")
 TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%64", "%65", "%66",
                  "%67")
 TILEWRIGHT_WGMMA(__half, "f16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%64", "%65", "%66", "%67")
-TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 160, 80, "%80", "%81", "%82", "%83", "%84", "%85", "%86", "%80", "%81", "%82",
-                 "%83")
-TILEWRIGHT_WGMMA(__half, "f16", 160, 80, "%80", "%81", "%82", "%83", "%84", "%85", "%86", "%80", "%81", "%82", "%83")
-TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 176, 88, "%88", "%89", "%90", "%91", "%92", "%93", "%94", "%88", "%89", "%90",
-                 "%91")
-TILEWRIGHT_WGMMA(__half, "f16", 176, 88, "%88", "%89", "%90", "%91", "%92", "%93", "%94", "%88", "%89", "%90", "%91")
-TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 192, 96, "%96", "%97", "%98", "%99", "%100", "%101", "%102", "%96", "%97",
-                 "%98", "%99")
-TILEWRIGHT_WGMMA(__half, "f16", 192, 96, "%96", "%97", "%98", "%99", "%100", "%101", "%102", "%96", "%97", "%98", "%99")
 TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%128",
                  "%129", "%130", "%131")
 TILEWRIGHT_WGMMA(__half, "f16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%128", "%129",
                  "%130", "%131")
 
 #undef TILEWRIGHT_WGMMA
+#undef TILEWRIGHT_NAMES24
+#undef TILEWRIGHT_D24
 #undef TILEWRIGHT_NAMES32
 #undef TILEWRIGHT_D32
 #undef TILEWRIGHT_NAMES40
 #undef TILEWRIGHT_D40
 #undef TILEWRIGHT_NAMES48
 #undef TILEWRIGHT_D48
-#undef TILEWRIGHT_NAMES56
-#undef TILEWRIGHT_D56
 #undef TILEWRIGHT_NAMES64
 #undef TILEWRIGHT_D64
-#undef TILEWRIGHT_NAMES80
-#undef TILEWRIGHT_D80
-#undef TILEWRIGHT_NAMES88
-#undef TILEWRIGHT_D88
-#undef TILEWRIGHT_NAMES96
-#undef TILEWRIGHT_D96
 #undef TILEWRIGHT_NAMES128
 #undef TILEWRIGHT_D128
 #undef TILEWRIGHT_D8

@@ -49,6 +49,10 @@ struct OperandA {
       steps[step][i] = ptx::pack<Element>(from.values[8 * step + 2 * i], from.values[8 * step + 2 * i + 1]);
     }
   }
+  __device__ __forceinline__ void fill_step(int step, uint32_t x) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) steps[step][i] = x;
+  }
   __device__ __forceinline__ void pack(const Accumulator<kCols>& from) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) pack_step(from, step);

@@ -32,19 +32,20 @@ struct alignas(1024) SharedTile {
   // Contraction along the columns (Q and K in Q Kᵀ): groups of 8 rows lie 1,024 bytes apart, a step of 16 columns is 32
   // bytes within the swizzled row.
   __device__ __forceinline__ static uint64_t k_major(uint32_t address, int step) {
-    return descriptor(address + step / 4 * kChunkBytes + step % 4 * 32, 16);
+    return descriptor(address, 16, step / 4 * kChunkBytes + step % 4 * 32);
   }
   // Contraction along the rows (V in P V): a step of 16 rows is 2,048 bytes, chunks of 64 columns lie kChunkBytes
   // apart.
   __device__ __forceinline__ static uint64_t mn_major(uint32_t address, int step) {
-    return descriptor(address + step * 2048, kChunkBytes);
+    return descriptor(address, kChunkBytes, step * 2048);
   }
 
  private:
-  __device__ __forceinline__ static uint64_t descriptor(uint32_t address, uint32_t leading) {
-    constexpr uint64_t kSwizzle128 = 1ull << 62;
-    constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
-    return kSwizzle128 | kStride | uint64_t{leading >> 4} << 16 | (address & 0x3FFFF) >> 4;
+  // Addresses end below 2^18, so that an offset in the tile is one addition to the low word.
+  __device__ __forceinline__ static uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t offset) {
+    constexpr uint32_t kSwizzle128 = 1u << 30, kStride = 1024 >> 4;
+    const uint32_t low = (leading >> 4 << 16 | address >> 4) + (offset >> 4);
+    return uint64_t{kSwizzle128 | kStride} << 32 | low;
   }
 };
 

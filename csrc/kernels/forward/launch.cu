@@ -68,13 +68,14 @@ bool needs_counter(const ForwardParams& p, const ForwardTile& tile, int blocks) 
   return p.cu_seqlens_q || tiles > blocks * kStaticRounds;
 }
 
-// The tile for a problem; a packed batch goes by its total, as one long sequence.
+// The tile for a problem. Of a packed batch the host knows the mean length.
 cudaError_t choose_tile(const ForwardParams& p, int& index, int& blocks) {
   const cudaError_t status = multiprocessors(blocks);
   if (status != cudaSuccess) return status;
-  const int64_t heads = int64_t{p.heads_q} * (p.cu_seqlens_q ? 1 : p.batch);
-  index = select_forward_tile(
-      {p.head_dim, p.head_dim_v, p.softcap > 0, heads, p.seqlen_q, p.seqlen_k, p.window.right < p.seqlen_k, blocks});
+  const int sequences = p.cu_seqlens_q ? std::max(p.batch, 1) : 1;
+  index = select_forward_tile({p.head_dim, p.head_dim_v, p.softcap > 0, int64_t{p.heads_q} * p.batch,
+                               ceil_div(p.seqlen_q, sequences), ceil_div(p.seqlen_k, sequences), p.window.left,
+                               p.window.right, blocks});
   return index < 0 ? cudaErrorInvalidValue : cudaSuccess;
 }
 
@@ -97,8 +98,8 @@ KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
   kernel.lse_head_stride = p.seqlen_q;
   kernel.lse_batch_stride = p.cu_seqlens_q ? 0 : int64_t{p.heads_q} * p.seqlen_q;
   kernel.window = p.window;
-  kernel.heads_q = p.heads_q;
-  kernel.heads_per_kv = p.heads_q / p.heads_kv;
+  kernel.heads_q = Divisor::of(p.heads_q);
+  kernel.heads_per_kv = Divisor::of(p.heads_q / p.heads_kv);
   kernel.seqlen_q = p.seqlen_q;
   kernel.seqlen_k = p.seqlen_k;
   kernel.head_dim_v = p.head_dim_v;
@@ -110,14 +111,17 @@ KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
 
   // Tiles of one length run best one head after the other: the blocks at work then read the same keys at the same time.
   // A causal order needs many heads to fill the gaps with short tiles, if their keys and values fit in the L2 cache or
-  // not.
-  constexpr int64_t kMinUnevenSequences = 16;
+  // not; too many, and all long tiles come at once, which read each head's keys alone.
+  constexpr int64_t kMinUnevenSequences = 16, kMaxUnevenSequences = 64;
   const bool uneven = p.window.right < p.seqlen_k && p.window.left >= p.seqlen_k;
-  const int64_t min_heads = std::max<int64_t>(1, kMinUnevenSequences / (p.cu_seqlens_q ? std::max(p.batch, 1) : 1));
+  const int sequences = p.cu_seqlens_q ? std::max(p.batch, 1) : 1;
+  const int64_t min_heads = std::max<int64_t>(1, kMinUnevenSequences / sequences);
+  const int64_t max_heads = std::max<int64_t>(1, kMaxUnevenSequences / sequences);
   const int64_t bytes_a_head = int64_t{std::max(p.seqlen_k, 1)} * (p.head_dim + p.head_dim_v) * 2;
-  const int64_t heads_kv = uneven ? std::max(min_heads, kGroupBytes / bytes_a_head) : 1;
+  const int64_t heads_kv = uneven ? std::clamp(kGroupBytes / bytes_a_head, min_heads, max_heads) : 1;
   const int heads = p.heads_q * (p.cu_seqlens_q ? 1 : p.batch);
-  kernel.order = {heads, static_cast<int>(std::min<int64_t>(heads_kv * kernel.heads_per_kv, heads))};
+  const int64_t group = std::min<int64_t>(heads_kv * kernel.heads_per_kv.divisor, heads);
+  kernel.order = {heads, Divisor::of(static_cast<int>(group))};
   return kernel;
 }
 
@@ -128,7 +132,7 @@ cudaError_t make_tensor_maps(KernelParams& kernel, const ForwardParams& p, const
                        int box) {
     return encode_tensor_map(to, {data, half, dim, heads, rows, p.batch, strides, packed, box});
   };
-  cudaError_t status = map(kernel.q, p.q, p.head_dim, p.heads_q, p.seqlen_q, p.q_stride, tile.tile_m);
+  cudaError_t status = map(kernel.q, p.q, p.head_dim, p.heads_q, p.seqlen_q, p.q_stride, 64);
   if (status == cudaSuccess) status = map(kernel.k, p.k, p.head_dim, p.heads_kv, p.seqlen_k, p.k_stride, tile.tile_n);
   if (status == cudaSuccess) status = map(kernel.v, p.v, p.head_dim_v, p.heads_kv, p.seqlen_k, p.v_stride, tile.tile_n);
   if (status == cudaSuccess) status = map(kernel.out, p.out, p.head_dim_v, p.heads_q, p.seqlen_q, p.out_stride, 64);

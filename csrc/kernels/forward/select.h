@@ -22,9 +22,9 @@ struct ForwardTile {
 
 // One row for each instance in CMakeLists.txt. docs/forward.md has the measurements.
 constexpr ForwardTile kForwardTiles[] = {
-    {64, 64, false, 192, 96, 4, 3, 1870, 4000}, {64, 64, false, 128, 128, 3, 3, 1970, 3500},
+    {64, 64, false, 192, 96, 4, 3, 1700, 3700}, {64, 64, false, 128, 128, 3, 3, 1780, 2950},
     {64, 64, true, 128, 128, 3, 3, 0, 0},       {128, 128, false, 128, 128, 3, 2, 0, 0},
-    {128, 128, true, 128, 128, 2, 2, 0, 0},     {192, 128, false, 128, 96, 2, 2, 0, 0},
+    {128, 128, true, 128, 96, 3, 2, 0, 0},      {192, 128, false, 128, 96, 2, 2, 0, 0},
     {192, 128, true, 128, 96, 2, 2, 0, 0},      {256, 256, false, 128, 80, 2, 2, 0, 0},
     {256, 256, true, 128, 80, 2, 2, 0, 0},
 };
@@ -38,18 +38,31 @@ struct ForwardProblem {
   int64_t heads;  // times batch
   int seqlen_q;
   int seqlen_k;
-  bool causal;  // or any other bound on the right
+  int left;   // of the window; a bound at seqlen_k or beyond is none
+  int right;  // 0 is causal
   int multiprocessors;
 };
 
 // The time of the whole problem in a tile, in cycles: as many rounds of tiles as the multiprocessors need, or, where
-// short tiles fill the gaps between long ones, the work divided by them, but no less than the longest tile.
-constexpr int64_t estimated_cycles(const ForwardTile& tile, const ForwardProblem& problem) {
+// tiles differ or fill gaps, the work divided by them, but no less than the longest tile. A block on an edge of the
+// window costs kEdgeCycles more.
+constexpr double estimated_cycles(const ForwardTile& tile, const ForwardProblem& problem) {
+  constexpr double kEdgeCycles = 1000;
+  const bool left = problem.left < problem.seqlen_k, right = problem.right < problem.seqlen_k;
+  const int64_t window = int64_t{problem.left} + problem.right + tile.tile_m;
+  const int keys = left && right && window < problem.seqlen_k ? static_cast<int>(window) : problem.seqlen_k;
+  const int edge_blocks = ceil_div(tile.tile_m, tile.tile_n);
+  const double blocks = ceil_div(keys, tile.tile_n);
+  // Below one edge alone the tiles grow from a few blocks to all.
+  const double mean_blocks = left != right ? (blocks + edge_blocks) / 2 : blocks;
+  const double overhead = tile.tile_cycles + (left + right) * edge_blocks * kEdgeCycles;
+  const double longest = blocks * tile.block_cycles + overhead;
   const int64_t tiles = ceil_div(problem.seqlen_q, tile.tile_m) * problem.heads;
-  const int64_t longest = int64_t{ceil_div(problem.seqlen_k, tile.tile_n)} * tile.block_cycles + tile.tile_cycles;
-  const int64_t rounds = (tiles + problem.multiprocessors - 1) / problem.multiprocessors;
-  if (!problem.causal) return rounds * longest;
-  const int64_t work = tiles * (longest + tile.tile_cycles + tile.block_cycles) / 2 / problem.multiprocessors;
+  if (!left && !right) {
+    return static_cast<double>((tiles + problem.multiprocessors - 1) / problem.multiprocessors) * longest;
+  }
+  const double work =
+      static_cast<double>(tiles) * (mean_blocks * tile.block_cycles + overhead) / problem.multiprocessors;
   return work > longest ? work : longest;
 }
 

@@ -34,8 +34,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward_sm90(const __grid_cons
     ptx::tma_prefetch_map(&p.k);
     ptx::tma_prefetch_map(&p.v);
     constexpr int kWarps = 4 * C::kWarpgroups;
-    ptx::mbarrier_init(&shared.q_full, 1);
-    ptx::mbarrier_init(&shared.q_empty, kWarps);
+    for (int i = 0; i < C::kWarpgroups; ++i) {
+      ptx::mbarrier_init(&shared.q_full[i], 1);
+      ptx::mbarrier_init(&shared.q_empty[i], 4);
+    }
     for (int i = 0; i < C::kStagesK; ++i) {
       ptx::mbarrier_init(&shared.k_full[i], 1);
       ptx::mbarrier_init(&shared.k_empty[i], kWarps);
@@ -53,11 +55,15 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward_sm90(const __grid_cons
   // Up to here nothing that another kernel may still write has been read: it overlaps the end of the kernel before.
   ptx::launch_dependent_grids();
   ptx::wait_for_prerequisite_grids();
-  __syncthreads();
+  // The producer itself has made the barriers and need not wait for the rest of the block.
+  constexpr int kStart = kEpilogue + C::kWarpgroups;
   if (threadIdx.x < 128) {
+    __syncwarp();
+    if (threadIdx.x < 32) ptx::named_barrier_arrive(kStart, C::kThreads - 96);
     ptx::registers_decrease<C::kProducerRegisters>();
     if (threadIdx.x == 0) Producer<C>{p, shared}.run();
   } else {
+    ptx::named_barrier_sync(kStart, C::kThreads - 96);
     ptx::registers_increase<C::kConsumerRegisters>();
     // The shuffle tells the compiler that the index is the same in a warp: matrix descriptors stay in uniform
     // registers.

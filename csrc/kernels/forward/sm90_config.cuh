@@ -17,6 +17,7 @@ struct Config {
   static constexpr int kHeadDimV = kTile.head_dim_v;
   static constexpr int kTileM = kTile.tile_m;
   static constexpr int kTileN = kTile.tile_n;
+  static constexpr int kNarrowN = (kTileN / 2 + 15) / 16 * 16;
   static constexpr int kStagesK = kTile.stages_k;
   static constexpr int kStagesV = kTile.stages_v;
   static constexpr int kTileSlots = 4;
@@ -32,8 +33,8 @@ struct Config {
   static constexpr bool kQInRegisters = kHeadDim < 256;
   // Where shared memory has no room for O, it is stored from the registers.
   static constexpr bool kTmaStore = kHeadDimV < 256;
-  // Blocks without a maximum cost registers, which head_dim 256 and the softcap have not.
-  static constexpr bool kSkipMaximum = kQInRegisters && !kSoftcap;
+  // Where the exponentials take as long as the products, the columns that a warp does not see are left out of them.
+  static constexpr bool kSkipColumns = kHeadDim < 128;
 
   static_assert(kTileM % 64 == 0 && kWarpgroups >= 2 && kWarpgroups <= 3 && kTileN % 16 == 0);
   static_assert(kWarpgroups * kConsumerRegisters + kProducerRegisters <= 512);
@@ -44,11 +45,11 @@ enum NamedBarrier { kTurn = 1, kEpilogue = kTurn + 3 };
 template <class C>
 struct SharedStorage {
   using Element = typename C::Element;
-  SharedTile<Element, C::kTileM, C::kHeadDim> q;
+  SharedTile<Element, 64, C::kHeadDim> q[C::kWarpgroups];
   SharedTile<Element, C::kTileN, C::kHeadDim> k[C::kStagesK];
   SharedTile<Element, C::kTileN, C::kHeadDimV> v[C::kStagesV];
   SharedTile<Element, C::kTmaStore ? C::kTileM : 8, C::kTmaStore ? C::kHeadDimV : 64> out;
-  uint64_t q_full, q_empty;
+  uint64_t q_full[C::kWarpgroups], q_empty[C::kWarpgroups];
   uint64_t k_full[C::kStagesK], k_empty[C::kStagesK];
   uint64_t v_full[C::kStagesV], v_empty[C::kStagesV];
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];

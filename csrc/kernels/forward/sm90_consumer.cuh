@@ -44,27 +44,52 @@ struct Consumer {
   Accumulator<C::kHeadDimV> O;
   FragmentSoftmax<Element> softmax;
 
+  int p_columns = 0;  // P of the block before has so many columns
+  int finished;       // the slot of the tile whose O is to be stored
+  float normalize[2];
+  float lse[2];
+
   __device__ __forceinline__ void run() {
     if (warpgroup == C::kWarpgroups - 1) your_turn();
     if (next_tile()) {
-      start_first_tile();
+      if constexpr (C::kQInRegisters) first_step<false>();
       for (;;) {
-        walk_blocks();
-        float normalize[2];
-        end_rows(normalize);
-        const int slot = tile_at.stage;
-        tile_at.advance();
-        if (!next_tile()) {
-          end_last_tile(slot, normalize);
-          break;
+        if constexpr (!C::kQInRegisters) {
+          softmax.reset();
+          O.fill(0.f);
         }
-        start_next_tile(slot, normalize);
+        walk_blocks(C::kQInRegisters ? 1 : 0);
+        finished = tile_at.stage;
+        tile_at.advance();
+        const bool more = next_tile();
+        // With Q in registers, the first block of the next tile comes together with the last product of this one.
+        // Otherwise the next Q is loaded only then.
+        if (!C::kQInRegisters || !more) end_step();
+        if (!more) break;
+        if constexpr (C::kQInRegisters) {
+          if constexpr (!C::kSkipColumns) end_rows();
+          first_step<true>();
+        }
       }
     }
     // The turn given away last comes back: a barrier must not be left with arrivals.
     if (warpgroup == 0) my_turn();
     if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
   }
+
+  // The blocks of a tile from step `at` on: right edge, full, left edge.
+  __device__ __forceinline__ void walk_blocks(int at) {
+    const BlockRange& range = shared.tile[tile_at.stage].range;
+    for (int masked_end = range.right_edge_steps();; masked_end = range.count()) {
+#pragma unroll 1
+      for (; at < masked_end || (at < range.count() && !last_block_seen()); ++at) edge_step(at);
+      if (at >= range.count()) break;
+#pragma unroll 1
+      for (int left = range.full_steps_end() - at; left > 0; --left, ++at) full_step(at);
+    }
+  }
+  // A full step needs a P of the block before.
+  __device__ __forceinline__ bool last_block_seen() const { return C::kQInRegisters || p_columns == C::kTileN; }
 
   // --- hand-overs ---------------------------------------------------------------------------------------------------
 
@@ -79,9 +104,13 @@ struct Consumer {
   __device__ __forceinline__ void release(uint64_t& empty) {
     if (thread % 32 == 0) ptx::mbarrier_arrive(&empty);
   }
-  __device__ __forceinline__ void release_k() {
+  // The last S of a tile is also the last that needs Q's buffer.
+  __device__ __forceinline__ void release_k(int at) {
     release(shared.k_empty[k_at.stage]);
     k_at.advance();
+    if constexpr (!C::kQInRegisters) {
+      if (at + 1 == shared.tile[tile_at.stage].range.count()) release(shared.q_empty[warpgroup]);
+    }
   }
   // O += P V is done: V's buffer and the registers of P are free.
   __device__ __forceinline__ void release_v() {
@@ -107,196 +136,196 @@ struct Consumer {
     release(shared.tile_empty[slot]);
   }
 
-  // --- one tile -----------------------------------------------------------------------------------------------------
+  // --- steps --------------------------------------------------------------------------------------------------------
 
-  // S_0 and its softmax, with nothing else to do meanwhile.
-  __device__ __forceinline__ void start_first_tile() {
+  // The first block of a tile, together with the last O += P V of the tile before.
+  template <bool kEndsTile>
+  __device__ __forceinline__ void first_step() {
+    // The turn orders this wait before all writes to shared.out.
+    if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
     wait_q();
     wait_k();
     my_turn();
     ptx::wgmma_fence();
     S.pin();
+    if constexpr (kEndsTile) O.pin();
     issue_S();
-    your_turn();
-    ptx::wgmma_wait<0>();
-    S.pin();
-    release_k();
-    first_maximum();
-    exponentiate();
-    softmax.settle_block();
-    O.fill(0.f);
-  }
-
-  // S_0 of the next tile and the last O += P V of the tile before, whose slot this is.
-  __device__ __forceinline__ void start_next_tile(int slot, const float (&normalize)[2]) {
-    // The turn orders this wait before all writes to shared.out.
-    if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
-    if constexpr (C::kQInRegisters) {
-      wait_q();
-      wait_k();
-      my_turn();
-      ptx::wgmma_fence();
-      S.pin();
-      O.pin();
-      issue_S();
+    ptx::wgmma_commit();
+    if constexpr (kEndsTile) {
       wait_v();
       issue_O();
-      your_turn();
-      ptx::wgmma_wait<1>();
-      S.pin();
-      release_k();
-      first_maximum();
-      ptx::wgmma_wait<0>();
-      O.pin();
-      release_v();
-      exponentiate();
-      store_O(slot, normalize);
-    } else {
-      // Q's buffer became free only now: O first, and stored while S runs.
-      wait_v();
-      my_turn();
-      ptx::wgmma_fence();
-      O.pin();
-      issue_O();
-      wait_q();
-      wait_k();
-      S.pin();
-      issue_S();
-      your_turn();
-      ptx::wgmma_wait<1>();
-      O.pin();
-      release_v();
-      store_O(slot, normalize);
-      ptx::wgmma_wait<0>();
-      S.pin();
-      release_k();
-      first_maximum();
-      exponentiate();
+      ptx::wgmma_commit();
     }
+    your_turn();
+    if constexpr (kEndsTile && C::kSkipColumns) end_rows();
+    const Edge edge = edge_of(0);
+    ptx::wgmma_wait<kEndsTile>();
+    S.pin();
+    release_k(0);
+    softmax.reset();
+    transform_scores();
+    mask(edge);
+    float correction[2];
+    softmax.raise(S, p.to_log2, correction);
+    if constexpr (kEndsTile) {
+      ptx::wgmma_wait<0>();
+      O.pin();
+      release_v();
+    }
+    exponentiate(edge.end);
+    if constexpr (kEndsTile) store_O();
     softmax.settle_block();
     O.fill(0.f);
   }
 
-  __device__ __forceinline__ void end_last_tile(int slot, const float (&normalize)[2]) {
+  // The last O += P V of a tile alone.
+  __device__ __forceinline__ void end_step() {
     if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
     wait_v();
     my_turn();
     ptx::wgmma_fence();
     O.pin();
-    issue_O();
+    add_O();
+    ptx::wgmma_commit();
     your_turn();
+    end_rows();
     ptx::wgmma_wait<0>();
     O.pin();
-    store_O(slot, normalize);
+    release_v();
+    store_O();
+    p_columns = 0;
   }
 
-  // Blocks 1 … of the tile, whose first is done: right edge, full, left edge.
-  __device__ __forceinline__ void walk_blocks() {
-    const BlockRange& range = shared.tile[tile_at.stage].range;
-    int at = 1;
-    for (int masked_end = range.right_edge_steps();; masked_end = range.count()) {
-#pragma unroll 1
-      for (; at < masked_end; ++at) step<true>(at);
-      if (at >= range.count()) break;
-#pragma unroll 1
-      for (int left = range.full_steps_end() - at; left > 0; --left, ++at) step<false>(at);
+  // A block on an edge.
+  __device__ __forceinline__ void edge_step(int at) {
+    const int columns = C::kQInRegisters ? C::kTileN : visible_columns(at);
+    if (!C::kQInRegisters && at == 0) wait_q();
+    wait_k();
+    if constexpr (!C::kQInRegisters) S.fill(0.f);
+    my_turn();
+    ptx::wgmma_fence();
+    S.pin();
+    O.pin();
+    add_S(columns);
+    ptx::wgmma_commit();
+    const bool v_due = C::kQInRegisters || at > 0;
+    if (v_due) wait_v();
+    add_O();
+    ptx::wgmma_commit();
+    your_turn();
+    ptx::wgmma_wait<1>();
+    S.pin();
+    release_k(at);
+    float correction[2] = {1.f, 1.f};
+    int end = C::kTileN;
+    if (columns > 0) {
+      transform_scores();
+      const Edge edge = edge_of(at);
+      end = edge.end;
+      mask(edge);
+      softmax.raise(S, p.to_log2, correction);
     }
+    ptx::wgmma_wait<0>();
+    O.pin();
+    if (v_due) release_v();
+    p_columns = columns;
+    if (columns > 0) {
+      exponentiate(end);
+      softmax.settle_block();
+    }
+    if (__any_sync(~0u, correction[0] != 1.f || correction[1] != 1.f)) O.scale_rows(correction);
   }
 
-  template <bool kMasked>
-  __device__ __forceinline__ void step(int at) {
-    constexpr bool kMaximum = kMasked || !C::kSkipMaximum;
+  // A block that all rows see.
+  __device__ __forceinline__ void full_step(int at) {
     wait_k();
     my_turn();
     ptx::wgmma_fence();
     S.pin();
     O.pin();
     issue_S();
+    ptx::wgmma_commit();
     wait_v();
     issue_O();
+    ptx::wgmma_commit();
     your_turn();
     ptx::wgmma_wait<1>();
     S.pin();
-    if constexpr (kMaximum) {
-      release_k();
+    transform_scores();
+    ptx::wgmma_wait<0>();
+    O.pin();
+    release_v();
+    exponentiate(C::kTileN);
+    if (__any_sync(~0u, softmax.block_overflowed())) {
+      compute_S_again();
       transform_scores();
-      if constexpr (kMasked) mask(at);
       float correction[2];
       softmax.raise(S, p.to_log2, correction);
-      ptx::wgmma_wait<0>();
-      O.pin();
-      release_v();
-      exponentiate();
-      // (With the softcap the branch costs registers that are not there.)
-      if (C::kSoftcap || __any_sync(~0u, correction[0] != 1.f || correction[1] != 1.f)) O.scale_rows(correction);
-    } else {
-      ptx::wgmma_wait<0>();
-      O.pin();
-      release_v();
-      exponentiate();
-      if (__any_sync(~0u, softmax.block_overflowed())) {
-        compute_S_again();
-        float correction[2];
-        softmax.raise(S, p.to_log2, correction);
-        exponentiate();
-        O.scale_rows(correction);
-      }
-      release_k();
+      exponentiate(C::kTileN);
+      O.scale_rows(correction);
     }
+    release_k(at);
     softmax.settle_block();
   }
 
-  // The first block of a tile has no O to scale.
-  __device__ __forceinline__ void first_maximum() {
-    softmax.reset();
-    transform_scores();
-    const BlockRange& range = shared.tile[tile_at.stage].range;
-    if (range.right_edge_steps() > 0 || range.full_steps_end() <= 0) mask(0);
-    float correction[2];
-    softmax.raise(S, p.to_log2, correction);
-  }
-
-  // P_n, its sum ← S_n. P_{n-1} is no longer read.
-  __device__ __forceinline__ void exponentiate() {
+  // P_n, its sum ← S_n. P_{n-1} is no longer read. From column `end` on no row of the warp sees a key.
+  __device__ __forceinline__ void exponentiate(int end) {
     softmax.begin_block();
 #pragma unroll
     for (int i = 0; i < P.kSteps; ++i) {
-      softmax.exponentiate(S, i, p.to_log2);
-      P.pack_step(S, i);
+      if (!C::kSkipColumns || 16 * i < end) {
+        softmax.exponentiate(S, i, p.to_log2);
+        P.pack_step(S, i);
+      } else {
+        P.fill_step(i, 0);
+      }
     }
   }
 
   // --- products -----------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void wait_q() {
-    ptx::mbarrier_wait(&shared.q_full, q_at.parity);
+    ptx::mbarrier_wait(&shared.q_full[warpgroup], q_at.parity);
     q_at.advance();
     if constexpr (C::kQInRegisters) {
       const int t = unhoisted(thread);
-      const int row = warpgroup * 64 + t / 32 * 16 + t % 16;
+      const auto& tile = shared.q[warpgroup];
 #pragma unroll
       for (int i = 0; i < Q.kSteps; ++i) {
-        ptx::ldmatrix_x4(Q.steps[i], shared.q.address() + shared.q.piece_offset(row, 2 * i + t % 32 / 16));
+        ptx::ldmatrix_x4(Q.steps[i], tile.address() + tile.piece_offset(t / 32 * 16 + t % 16, 2 * i + t % 32 / 16));
       }
       __syncwarp();
-      release(shared.q_empty);
+      release(shared.q_empty[warpgroup]);
     }
   }
 
   // S = Q Kᵀ
-  __device__ __forceinline__ void issue_S() {
+  __device__ __forceinline__ void issue_S() { issue_S<ProductS, false>(S.values); }
+  // The same for the first keys of the block only, none, kNarrowN or all. (That no branch leaves S undefined, S = 0
+  // before, keeps ptxas from serialising the products.)
+  __device__ __forceinline__ void add_S(int columns) {
+    if constexpr (C::kQInRegisters) {
+      issue_S();
+    } else {
+      using Narrow = ptx::Wgmma<Element, C::kNarrowN>;
+      if (columns == C::kTileN) issue_S<ProductS, true>(S.values);
+      if (columns == C::kNarrowN) issue_S<Narrow, true>(reinterpret_cast<float (&)[C::kNarrowN / 2]>(S.values));
+    }
+  }
+  template <class Product, bool kAdd, int kValues>
+  __device__ __forceinline__ void issue_S(float (&values)[kValues]) {
     const uint32_t k = shared.k[k_at.stage].address();
+    uint32_t q = 0;
+    if constexpr (!C::kQInRegisters) q = unhoisted(shared.q[warpgroup].address());
 #pragma unroll
     for (int i = 0; i < C::kHeadDim / 16; ++i) {
       const uint64_t b = shared.k[0].k_major(k, i);
       if constexpr (C::kQInRegisters) {
-        ProductS::template rs<ptx::Major::kK>(S.values, Q.steps[i], b, i > 0);
+        Product::template rs<ptx::Major::kK>(values, Q.steps[i], b, kAdd || i > 0);
       } else {
-        const uint32_t q = shared.q.address() + warpgroup * 64 * 128;
-        ProductS::template ss<ptx::Major::kK>(S.values, shared.q.k_major(q, i), b, i > 0);
+        Product::template ss<ptx::Major::kK>(values, shared.q[0].k_major(q, i), b, kAdd || i > 0);
       }
     }
-    ptx::wgmma_commit();
   }
 
   // S = Q Kᵀ once more, by this warp alone: the fragments of mma.sync are laid out like those of wgmma.
@@ -305,27 +334,44 @@ struct Consumer {
     const auto& tile = shared.k[k_at.stage];
     const int lane = unhoisted(thread) % 32;
     S.fill(0.f);
-#pragma unroll
+#pragma unroll(C::kQInRegisters ? C::kHeadDim / 16 : 1)
     for (int i = 0; i < C::kHeadDim / 16; ++i) {
       const uint32_t k = tile.address() + tile.piece_offset(lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2);
+      uint32_t q[4];
+      if constexpr (C::kQInRegisters) {
+        for (int j = 0; j < 4; ++j) q[j] = Q.steps[i][j];
+      } else {
+        const auto& from = shared.q[warpgroup];
+        ptx::ldmatrix_x4(
+            q, from.address() + from.piece_offset(unhoisted(thread) / 32 * 16 + lane % 16, 2 * i + lane / 16));
+      }
 #pragma unroll
       for (int n = 0; n < C::kTileN / 16; ++n) {
         uint32_t b[4];
         ptx::ldmatrix_x4(b, k + n * 16 * 128);
-        ptx::mma_m16n8k16<Element>(&S.values[8 * n], Q.steps[i], b[0], b[1]);
-        ptx::mma_m16n8k16<Element>(&S.values[8 * n + 4], Q.steps[i], b[2], b[3]);
+        ptx::mma_m16n8k16<Element>(&S.values[8 * n], q, b[0], b[1]);
+        ptx::mma_m16n8k16<Element>(&S.values[8 * n + 4], q, b[2], b[3]);
       }
     }
   }
 
   // O += P V
+  __device__ __forceinline__ void issue_O() { issue_O<0, C::kTileN / 16>(); }
+  __device__ __forceinline__ void add_O() {
+    if constexpr (C::kQInRegisters) {
+      issue_O();
+    } else {
+      if (p_columns > 0) issue_O<0, C::kNarrowN / 16>();
+      if (p_columns == C::kTileN) issue_O<C::kNarrowN / 16, C::kTileN / 16>();
+    }
+  }
+  template <int kBegin, int kEnd>
   __device__ __forceinline__ void issue_O() {
     const uint32_t v = shared.v[v_at.stage].address();
 #pragma unroll
-    for (int i = 0; i < C::kTileN / 16; ++i) {
+    for (int i = kBegin; i < kEnd; ++i) {
       ProductO::template rs<ptx::Major::kMN>(O.values, P.steps[i], shared.v[0].mn_major(v, i), true);
     }
-    ptx::wgmma_commit();
   }
 
   // --- scores -------------------------------------------------------------------------------------------------------
@@ -342,38 +388,69 @@ struct Consumer {
     }
   }
 
-  // S ← -inf where the row does not see the key, in the block of step `at`.
-  __device__ __forceinline__ void mask(int at) {
+  // How many of the first keys in the block of step `at` the warpgroup's rows need: none, kNarrowN or all.
+  __device__ __forceinline__ int visible_columns(int at) const {
+    const TileWork& work = shared.tile[tile_at.stage];
+    const VisibleKeys keys(p.window, work.seqlen_q, work.seqlen_k);
+    const int key = work.range.block_at(at) * C::kTileN;
+    const int first_query = work.first_query + warpgroup * 64;
+    const int last_query = min_of(first_query + 64, work.seqlen_q) - 1;
+    const int begin = key < p.window.sink_tokens ? 0 : keys.begin(first_query) - key;
+    const int end = keys.end(last_query) - key;
+    if (first_query > last_query || end <= max_of(begin, 0) || begin >= C::kTileN) return 0;
+    return end <= C::kNarrowN ? C::kNarrowN : C::kTileN;
+  }
+
+  // The block of step `at` as a warp and its threads see it, in columns of the block.
+  struct Edge {
+    int end;         // no row of the warp sees a column from here on,
+    int full_begin;  // all rows see [full_begin, full_end)
+    int full_end;
+    int row_begin[2];  // the thread's rows, its columns counted from its first
+    int row_end[2];
+    int sinks_end;
+  };
+  __device__ __forceinline__ Edge edge_of(int at) const {
     const TileWork& work = shared.tile[tile_at.stage];
     const VisibleKeys keys(p.window, work.seqlen_q, work.seqlen_k);
     const int first_key = work.range.block_at(at) * C::kTileN;
-    const int first_column = first_key + S.column(thread);
-    // Only blocks that reach left of the last row's window need the second comparison.
-    const bool left_edge = first_key < keys.begin(work.first_query + C::kTileM - 1);
+    const int t = unhoisted(thread);
+    const int first_query = work.first_query + warpgroup * 64 + t / 32 * 16;
+    Edge edge{C::kTileN, 0, C::kTileN, {0, 0}, {0, 0}, 0};
+    if (!C::kSkipColumns && at >= work.range.right_edge_steps() && at < work.range.full_steps_end()) return edge;
+    edge.end = keys.end(first_query + 15) - first_key;
+    edge.full_begin = keys.begin(first_query + 15) - first_key;
+    edge.full_end = keys.end(first_query) - first_key;
+    const int first_column = first_key + S.column(t);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = work.first_query + row() + 8 * r;
-      const int end = keys.end(query) - first_column;
+      const int query = first_query + t % 32 / 4 + 8 * r;
+      edge.row_begin[r] = keys.begin(query) - first_column;
+      edge.row_end[r] = keys.end(query) - first_column;
+    }
+    edge.sinks_end = keys.window.sink_tokens - first_column;
+    return edge;
+  }
+
+  // S ← -inf where the row does not see the key.
+  __device__ __forceinline__ void mask(const Edge& edge) {
+    if (edge.full_begin <= 0 && edge.full_end >= C::kTileN) return;
 #pragma unroll
-      for (int i = 0; i < S.kValues; ++i) {
-        if (S.row_half(i) == r && S.column_of(i) >= end) S.values[i] = -CUDART_INF_F;
-      }
-      if (left_edge) {
-        const int begin = keys.begin(query) - first_column;
-        const int sinks_end = keys.window.sink_tokens - first_column;
+    for (int step = 0; step < P.kSteps; ++step) {
+      if (16 * step >= edge.full_begin && 16 * step + 16 <= edge.full_end) continue;
 #pragma unroll
-        for (int i = 0; i < S.kValues; ++i) {
-          const bool hidden = S.column_of(i) < begin && S.column_of(i) >= sinks_end;
-          if (S.row_half(i) == r && hidden) S.values[i] = -CUDART_INF_F;
-        }
+      for (int i = 8 * step; i < 8 * step + 8; ++i) {
+        const int r = S.row_half(i), column = S.column_of(i);
+        const bool hidden = column >= edge.row_end[r] || (column < edge.row_begin[r] && column >= edge.sinks_end);
+        if (hidden) S.values[i] = -CUDART_INF_F;
       }
     }
   }
 
   // --- epilogue -----------------------------------------------------------------------------------------------------
 
-  // Of the thread's first row in the tile; the second is 8 below.
-  __device__ __forceinline__ int row() const { return warpgroup * 64 + S.row(thread); }
+  // The first row of a thread in the tile; its second is 8 below.
+  __device__ __forceinline__ int row(int thread) const { return warpgroup * 64 + S.row(thread); }
 
   __device__ __forceinline__ float sink_log2(int head) const {
     constexpr float kLog2e = 1.44269504088896f;
@@ -383,29 +460,27 @@ struct Consumer {
     return p.lse + work.batch * p.lse_batch_stride + work.head * p.lse_head_stride + work.q_begin;
   }
 
-  // l and lse are done; O still lacks its last product.
-  __device__ __forceinline__ void end_rows(float (&normalize)[2]) {
-    if constexpr (!C::kQInRegisters) release(shared.q_empty);
-    const TileWork& work = shared.tile[tile_at.stage];
-    float lse[2];
-    softmax.finish(sink_log2(work.head), normalize, lse);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = work.first_query + row() + 8 * r;
-      if (thread % 4 == 0 && query < work.seqlen_q) lse_of(work)[query] = lse[r];
-    }
-  }
+  // What O is to be multiplied by, and lse.
+  __device__ __forceinline__ void end_rows() { softmax.finish(sink_log2(shared.tile[finished].head), normalize, lse); }
 
-  __device__ __forceinline__ void store_O(int slot, const float (&normalize)[2]) {
+  __device__ __forceinline__ void store_O() {
     O.scale_rows(normalize);
     OperandA<Element, C::kHeadDimV> packed;
     packed.pack(O);
+    const TileWork& work = shared.tile[finished];
     if constexpr (C::kTmaStore) {
-      store_by_tma(shared.tile[slot], packed);
+      store_by_tma(work, packed);
     } else {
-      store_rows(shared.tile[slot], packed);
+      store_rows(work, packed);
     }
-    release_tile(slot);
+    // Behind the fence of the copy engine, which would wait for it.
+    const int t = unhoisted(thread);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = work.first_query + row(t) + 8 * r;
+      if (t % 4 == 0 && query < work.seqlen_q) lse_of(work)[query] = lse[r];
+    }
+    release_tile(finished);
   }
 
   // Through shared memory; the copy engine leaves out what lies behind the sequence's end.
@@ -442,10 +517,11 @@ struct Consumer {
   // Four lanes hold the 16 bytes of 8 columns between them: a 4×4 transpose in two rounds of shuffles gives each lane
   // 16 bytes of one row, and the four together 64.
   __device__ __forceinline__ void store_rows(const TileWork& work, const OperandA<Element, C::kHeadDimV>& packed) {
-    const bool odd = thread % 2, high = thread / 2 % 2;
+    const int t = unhoisted(thread);
+    const bool odd = t % 2, high = t / 2 % 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = work.first_query + row() + 8 * r;
+      const int query = work.first_query + row(t) + 8 * r;
       Element* to = out_row(work, query);
 #pragma unroll
       for (int j = 0; j < packed.kSteps / 2; ++j) {
@@ -456,7 +532,7 @@ struct Consumer {
         const uint32_t x2 = odd ? pair1 : b[r], x3 = odd ? b[2 + r] : pair1;
         const uint32_t quad0 = __shfl_xor_sync(~0u, high ? x0 : x2, 2);
         const uint32_t quad1 = __shfl_xor_sync(~0u, high ? x1 : x3, 2);
-        const int column = 32 * j + thread % 4 * 8;
+        const int column = 32 * j + t % 4 * 8;
         if (query < work.seqlen_q && column < p.head_dim_v) {
           *reinterpret_cast<uint4*>(to + column) =
               high ? make_uint4(quad0, quad1, x2, x3) : make_uint4(x0, x1, quad0, quad1);

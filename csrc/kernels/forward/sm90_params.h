@@ -11,10 +11,10 @@ namespace tilewright::forward {
 
 // What the launch hands to the kernel: ForwardParams made ready for the copy engine and the scheduler.
 struct KernelParams {
-  CUtensorMap q;    // boxes of 64 columns × tile_m rows
+  CUtensorMap q;    // boxes of 64 columns × 64 rows: those of a warpgroup
   CUtensorMap k;    // 64 × tile_n
   CUtensorMap v;    // 64 × tile_n
-  CUtensorMap out;  // 64 × 64: a warpgroup's rows
+  CUtensorMap out;  // 64 × 64
   void* out_rows;   // out, for kernels that store without the copy engine
   Strides out_stride;
   float* lse;          // + batch lse_batch_stride + head lse_head_stride + row
@@ -27,8 +27,8 @@ struct KernelParams {
   int* next_tile;                  // the counter of the dynamic order, or null: a static order
   const PackedTile* packed_tiles;  // the work list of a packed batch, or null
   const int* num_packed_tiles;
-  int heads_q;
-  int heads_per_kv;
+  Divisor heads_q;
+  Divisor heads_per_kv;
   int seqlen_q;
   int seqlen_k;
   int head_dim_v;

@@ -17,9 +17,9 @@ struct Producer {
   PipelineState<C::kTileSlots> tile_at{};
   PipelineState<1> q_at{};
 
+  static constexpr int kNone = -1;
   // V of a block is loaded after K of the next one, also across tiles: the order in which they are consumed.
-  bool v_pending = false;
-  int v_head;
+  int v_head = kNone;
   RowCoordinates v_rows;
 
   __device__ __forceinline__ void run() {
@@ -38,7 +38,7 @@ struct Producer {
     TileWork end{};
     end.last = true;
     announce(end);
-    if (v_pending) load_v();
+    if (v_head != kNone) load_v();
   }
 
   __device__ __forceinline__ TileWork work_at(int index, int tiles) const {
@@ -54,8 +54,8 @@ struct Producer {
       work.seqlen_k = tile.seqlen_k;
     } else {
       work.first_query = (tiles - 1 - at.tile) * C::kTileM;
-      work.batch = at.head / p.heads_q;
-      work.head = at.head - work.batch * p.heads_q;
+      work.batch = p.heads_q.divide(at.head);
+      work.head = at.head - work.batch * static_cast<int>(p.heads_q.divisor);
       work.seqlen_q = p.seqlen_q;
       work.seqlen_k = p.seqlen_k;
     }
@@ -76,11 +76,10 @@ struct Producer {
   }
 
   __device__ __forceinline__ void load_tile(const TileWork& work) {
-    const int head_kv = work.head / p.heads_per_kv;
+    const int head_kv = p.heads_per_kv.divide(work.head);
     const int blocks = work.range.count();
     // A consumer with Q in registers frees its buffer early and asks for the next Q together with K_0; otherwise Q's
     // buffer becomes free only when the tile before ends, and K_1 must not wait behind it.
-    const int step_of_q = C::kQInRegisters ? 0 : min_of(1, blocks - 1);
     for (int step = 0; step < blocks; ++step) {
       const int key = work.range.block_at(step) * C::kTileN;
       const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.k_begin, work.seqlen_k, key)
@@ -88,21 +87,22 @@ struct Producer {
       ptx::mbarrier_wait(&shared.k_empty[k_at.stage], k_at.parity ^ 1);
       load(shared.k[k_at.stage], &p.k, &shared.k_full[k_at.stage], head_kv, rows);
       k_at.advance();
-      const bool q_before_v = C::kQInRegisters || step > 0;
-      if (step == step_of_q && q_before_v) load_q(work);
-      if (v_pending) load_v();
-      if (step == step_of_q && !q_before_v) load_q(work);
-      v_pending = true;
+      if (step == 0 && C::kQInRegisters) load_q(work);
+      if (v_head != kNone) load_v();
+      if (step == 0 && !C::kQInRegisters) load_q(work);
       v_head = head_kv;
       v_rows = rows;
     }
   }
 
   __device__ __forceinline__ void load_q(const TileWork& work) {
-    const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.q_begin, work.seqlen_q, work.first_query)
-                                               : RowCoordinates::plain(work.first_query, work.batch);
-    ptx::mbarrier_wait(&shared.q_empty, q_at.parity ^ 1);
-    load(shared.q, &p.q, &shared.q_full, work.head, rows);
+    for (int i = 0; i < C::kWarpgroups; ++i) {
+      const int query = work.first_query + 64 * i;
+      const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.q_begin, work.seqlen_q, query)
+                                                 : RowCoordinates::plain(query, work.batch);
+      ptx::mbarrier_wait(&shared.q_empty[i], q_at.parity ^ 1);
+      load(shared.q[i], &p.q, &shared.q_full[i], work.head, rows);
+    }
     q_at.advance();
   }
 
