@@ -18,7 +18,8 @@
 //
 // The tensor cores take products from a warpgroup only while they execute them, so a warpgroup's softmax overlaps the
 // products of the other warpgroups, which take turns (kTurn). The last product of a tile runs with the first of the
-// next: tiles follow each other without a gap.
+// next: tiles follow each other without a gap. Where Q stays in shared memory, the next Q comes too late for that: there
+// the last product is a step of its own, and what the warpgroup does not see of the first blocks is left out.
 //
 // Most blocks need no maximum (attention/fragment_softmax.h): the exponentials start as soon as S is there. Where a
 // block overflows, the warp computes its 16 rows of S_n again, by itself and with mma.sync, and searches the maximum:
@@ -54,7 +55,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward_sm90(const __grid_cons
   }
   // Up to here nothing that another kernel may still write has been read: it overlaps the end of the kernel before.
   ptx::launch_dependent_grids();
-  ptx::wait_for_prerequisite_grids();
   // The producer itself has made the barriers and need not wait for the rest of the block.
   constexpr int kStart = kEpilogue + C::kWarpgroups;
   if (threadIdx.x < 128) {

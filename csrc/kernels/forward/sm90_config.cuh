@@ -17,7 +17,6 @@ struct Config {
   static constexpr int kHeadDimV = kTile.head_dim_v;
   static constexpr int kTileM = kTile.tile_m;
   static constexpr int kTileN = kTile.tile_n;
-  static constexpr int kNarrowN = (kTileN / 2 + 15) / 16 * 16;
   static constexpr int kStagesK = kTile.stages_k;
   static constexpr int kStagesV = kTile.stages_v;
   static constexpr int kTileSlots = 4;
@@ -29,10 +28,10 @@ struct Config {
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
 
   // Q as the register operand of S = Q Kᵀ saves a third of the reads of shared memory and frees Q's buffer at once; at
-  // head_dim 256 O takes the registers.
-  static constexpr bool kQInRegisters = kHeadDim < 256;
+  // head_dim 256 O takes the registers, at 192 a longer block is worth more.
+  static constexpr bool kQInRegisters = kHeadDim < 192;
   // Where shared memory has no room for O, it is stored from the registers.
-  static constexpr bool kTmaStore = kHeadDimV < 256;
+  static constexpr bool kTmaStore = kHeadDim < 192;
   // Where the exponentials take as long as the products, the columns that a warp does not see are left out of them.
   static constexpr bool kSkipColumns = kHeadDim < 128;
 

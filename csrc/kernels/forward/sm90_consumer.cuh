@@ -44,21 +44,16 @@ struct Consumer {
   Accumulator<C::kHeadDimV> O;
   FragmentSoftmax<Element> softmax;
 
-  int p_columns = 0;  // P of the block before has so many columns
-  int finished;       // the slot of the tile whose O is to be stored
+  int finished;  // the slot of the tile whose O is to be stored
   float normalize[2];
   float lse[2];
 
   __device__ __forceinline__ void run() {
     if (warpgroup == C::kWarpgroups - 1) your_turn();
     if (next_tile()) {
-      if constexpr (C::kQInRegisters) first_step<false>();
+      int at = start_tile();
       for (;;) {
-        if constexpr (!C::kQInRegisters) {
-          softmax.reset();
-          O.fill(0.f);
-        }
-        walk_blocks(C::kQInRegisters ? 1 : 0);
+        walk_blocks(at + 1);
         finished = tile_at.stage;
         tile_at.advance();
         const bool more = next_tile();
@@ -68,7 +63,10 @@ struct Consumer {
         if (!more) break;
         if constexpr (C::kQInRegisters) {
           if constexpr (!C::kSkipColumns) end_rows();
-          first_step<true>();
+          first_step<true>(0);
+          at = 0;
+        } else {
+          at = start_tile();
         }
       }
     }
@@ -77,19 +75,28 @@ struct Consumer {
     if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
   }
 
+  // The first block of a tile that the warpgroup sees, and what comes before it.
+  __device__ __forceinline__ int start_tile() {
+    int at = 0;
+    if constexpr (!C::kQInRegisters) {
+      const int last = shared.tile[tile_at.stage].range.count() - 1;
+      while (at < last && !sees_block(at)) idle_step(at++);
+    }
+    first_step<false>(at);
+    return at;
+  }
+
   // The blocks of a tile from step `at` on: right edge, full, left edge.
   __device__ __forceinline__ void walk_blocks(int at) {
     const BlockRange& range = shared.tile[tile_at.stage].range;
     for (int masked_end = range.right_edge_steps();; masked_end = range.count()) {
 #pragma unroll 1
-      for (; at < masked_end || (at < range.count() && !last_block_seen()); ++at) edge_step(at);
+      for (; at < masked_end; ++at) edge_step(at);
       if (at >= range.count()) break;
 #pragma unroll 1
       for (int left = range.full_steps_end() - at; left > 0; --left, ++at) full_step(at);
     }
   }
-  // A full step needs a P of the block before.
-  __device__ __forceinline__ bool last_block_seen() const { return C::kQInRegisters || p_columns == C::kTileN; }
 
   // --- hand-overs ---------------------------------------------------------------------------------------------------
 
@@ -138,12 +145,28 @@ struct Consumer {
 
   // --- steps --------------------------------------------------------------------------------------------------------
 
+  // A block that no row of the warpgroup sees, before the first one.
+  __device__ __forceinline__ void idle_step(int at) {
+    if (at == 0) wait_q();
+    wait_k();
+    my_turn();
+    your_turn();
+    release_k(at);
+    pass_v(at);
+  }
+  // V of the block before, when that was not seen.
+  __device__ __forceinline__ void pass_v(int at) {
+    if (at == 0) return;
+    wait_v();
+    release_v();
+  }
+
   // The first block of a tile, together with the last O += P V of the tile before.
   template <bool kEndsTile>
-  __device__ __forceinline__ void first_step() {
+  __device__ __forceinline__ void first_step(int at) {
     // The turn orders this wait before all writes to shared.out.
     if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
-    wait_q();
+    if (at == 0) wait_q();
     wait_k();
     my_turn();
     ptx::wgmma_fence();
@@ -157,11 +180,12 @@ struct Consumer {
       ptx::wgmma_commit();
     }
     your_turn();
+    if constexpr (!C::kQInRegisters) pass_v(at);
     if constexpr (kEndsTile && C::kSkipColumns) end_rows();
-    const Edge edge = edge_of(0);
+    const Edge edge = edge_of(at);
     ptx::wgmma_wait<kEndsTile>();
     S.pin();
-    release_k(0);
+    release_k(at);
     softmax.reset();
     transform_scores();
     mask(edge);
@@ -185,7 +209,7 @@ struct Consumer {
     my_turn();
     ptx::wgmma_fence();
     O.pin();
-    add_O();
+    issue_O();
     ptx::wgmma_commit();
     your_turn();
     end_rows();
@@ -193,47 +217,35 @@ struct Consumer {
     O.pin();
     release_v();
     store_O();
-    p_columns = 0;
   }
 
   // A block on an edge.
   __device__ __forceinline__ void edge_step(int at) {
-    const int columns = C::kQInRegisters ? C::kTileN : visible_columns(at);
-    if (!C::kQInRegisters && at == 0) wait_q();
     wait_k();
-    if constexpr (!C::kQInRegisters) S.fill(0.f);
     my_turn();
     ptx::wgmma_fence();
     S.pin();
     O.pin();
-    add_S(columns);
+    issue_S();
     ptx::wgmma_commit();
-    const bool v_due = C::kQInRegisters || at > 0;
-    if (v_due) wait_v();
-    add_O();
+    wait_v();
+    issue_O();
     ptx::wgmma_commit();
     your_turn();
     ptx::wgmma_wait<1>();
     S.pin();
     release_k(at);
-    float correction[2] = {1.f, 1.f};
-    int end = C::kTileN;
-    if (columns > 0) {
-      transform_scores();
-      const Edge edge = edge_of(at);
-      end = edge.end;
-      mask(edge);
-      softmax.raise(S, p.to_log2, correction);
-    }
+    transform_scores();
+    const Edge edge = edge_of(at);
+    mask(edge);
+    float correction[2];
+    softmax.raise(S, p.to_log2, correction);
     ptx::wgmma_wait<0>();
     O.pin();
-    if (v_due) release_v();
-    p_columns = columns;
-    if (columns > 0) {
-      exponentiate(end);
-      softmax.settle_block();
-    }
+    release_v();
+    exponentiate(edge.end);
     if (__any_sync(~0u, correction[0] != 1.f || correction[1] != 1.f)) O.scale_rows(correction);
+    softmax.settle_block();
   }
 
   // A block that all rows see.
@@ -300,20 +312,7 @@ struct Consumer {
   }
 
   // S = Q Kᵀ
-  __device__ __forceinline__ void issue_S() { issue_S<ProductS, false>(S.values); }
-  // The same for the first keys of the block only, none, kNarrowN or all. (That no branch leaves S undefined, S = 0
-  // before, keeps ptxas from serialising the products.)
-  __device__ __forceinline__ void add_S(int columns) {
-    if constexpr (C::kQInRegisters) {
-      issue_S();
-    } else {
-      using Narrow = ptx::Wgmma<Element, C::kNarrowN>;
-      if (columns == C::kTileN) issue_S<ProductS, true>(S.values);
-      if (columns == C::kNarrowN) issue_S<Narrow, true>(reinterpret_cast<float (&)[C::kNarrowN / 2]>(S.values));
-    }
-  }
-  template <class Product, bool kAdd, int kValues>
-  __device__ __forceinline__ void issue_S(float (&values)[kValues]) {
+  __device__ __forceinline__ void issue_S() {
     const uint32_t k = shared.k[k_at.stage].address();
     uint32_t q = 0;
     if constexpr (!C::kQInRegisters) q = unhoisted(shared.q[warpgroup].address());
@@ -321,9 +320,9 @@ struct Consumer {
     for (int i = 0; i < C::kHeadDim / 16; ++i) {
       const uint64_t b = shared.k[0].k_major(k, i);
       if constexpr (C::kQInRegisters) {
-        Product::template rs<ptx::Major::kK>(values, Q.steps[i], b, kAdd || i > 0);
+        ProductS::template rs<ptx::Major::kK>(S.values, Q.steps[i], b, i > 0);
       } else {
-        Product::template ss<ptx::Major::kK>(values, shared.q[0].k_major(q, i), b, kAdd || i > 0);
+        ProductS::template ss<ptx::Major::kK>(S.values, shared.q[0].k_major(q, i), b, i > 0);
       }
     }
   }
@@ -356,20 +355,10 @@ struct Consumer {
   }
 
   // O += P V
-  __device__ __forceinline__ void issue_O() { issue_O<0, C::kTileN / 16>(); }
-  __device__ __forceinline__ void add_O() {
-    if constexpr (C::kQInRegisters) {
-      issue_O();
-    } else {
-      if (p_columns > 0) issue_O<0, C::kNarrowN / 16>();
-      if (p_columns == C::kTileN) issue_O<C::kNarrowN / 16, C::kTileN / 16>();
-    }
-  }
-  template <int kBegin, int kEnd>
   __device__ __forceinline__ void issue_O() {
     const uint32_t v = shared.v[v_at.stage].address();
 #pragma unroll
-    for (int i = kBegin; i < kEnd; ++i) {
+    for (int i = 0; i < C::kTileN / 16; ++i) {
       ProductO::template rs<ptx::Major::kMN>(O.values, P.steps[i], shared.v[0].mn_major(v, i), true);
     }
   }
@@ -388,17 +377,12 @@ struct Consumer {
     }
   }
 
-  // How many of the first keys in the block of step `at` the warpgroup's rows need: none, kNarrowN or all.
-  __device__ __forceinline__ int visible_columns(int at) const {
+  // Whether any row of the warpgroup sees a key of the block of step `at`.
+  __device__ __forceinline__ bool sees_block(int at) const {
     const TileWork& work = shared.tile[tile_at.stage];
     const VisibleKeys keys(p.window, work.seqlen_q, work.seqlen_k);
-    const int key = work.range.block_at(at) * C::kTileN;
-    const int first_query = work.first_query + warpgroup * 64;
-    const int last_query = min_of(first_query + 64, work.seqlen_q) - 1;
-    const int begin = key < p.window.sink_tokens ? 0 : keys.begin(first_query) - key;
-    const int end = keys.end(last_query) - key;
-    if (first_query > last_query || end <= max_of(begin, 0) || begin >= C::kTileN) return 0;
-    return end <= C::kNarrowN ? C::kNarrowN : C::kTileN;
+    const int last_query = min_of(work.first_query + warpgroup * 64 + 64, work.seqlen_q) - 1;
+    return keys.end(last_query) > work.range.block_at(at) * C::kTileN;
   }
 
   // The block of step `at` as a warp and its threads see it, in columns of the block.
@@ -432,17 +416,27 @@ struct Consumer {
     return edge;
   }
 
-  // S ← -inf where the row does not see the key.
+  // S ← -inf where the row does not see the key. Only steps of 16 columns on an edge are looked at.
   __device__ __forceinline__ void mask(const Edge& edge) {
-    if (edge.full_begin <= 0 && edge.full_end >= C::kTileN) return;
+    if (edge.full_end < C::kTileN) {
 #pragma unroll
-    for (int step = 0; step < P.kSteps; ++step) {
-      if (16 * step >= edge.full_begin && 16 * step + 16 <= edge.full_end) continue;
+      for (int step = 0; step < P.kSteps; ++step) {
+        if (16 * step + 16 <= edge.full_end) continue;
 #pragma unroll
-      for (int i = 8 * step; i < 8 * step + 8; ++i) {
-        const int r = S.row_half(i), column = S.column_of(i);
-        const bool hidden = column >= edge.row_end[r] || (column < edge.row_begin[r] && column >= edge.sinks_end);
-        if (hidden) S.values[i] = -CUDART_INF_F;
+        for (int i = 8 * step; i < 8 * step + 8; ++i) {
+          if (S.column_of(i) >= edge.row_end[S.row_half(i)]) S.values[i] = -CUDART_INF_F;
+        }
+      }
+    }
+    if (edge.full_begin > 0) {
+#pragma unroll
+      for (int step = 0; step < P.kSteps; ++step) {
+        if (16 * step >= edge.full_begin) continue;
+#pragma unroll
+        for (int i = 8 * step; i < 8 * step + 8; ++i) {
+          const int column = S.column_of(i);
+          if (column < edge.row_begin[S.row_half(i)] && column >= edge.sinks_end) S.values[i] = -CUDART_INF_F;
+        }
       }
     }
   }

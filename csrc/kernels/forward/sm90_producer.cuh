@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/forward/sm90_config.cuh"
+#include "ptx/grid_dependency.h"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
 #include "tile/pipeline.h"
@@ -23,16 +24,21 @@ struct Producer {
   RowCoordinates v_rows;
 
   __device__ __forceinline__ void run() {
+    // A packed batch's list is made by the kernel before this one; otherwise the first tile is known already.
+    if (p.packed_tiles) ptx::wait_for_prerequisite_grids();
     const int tiles = p.packed_tiles ? *p.num_packed_tiles : p.tiles;
     const int count = tiles * p.order.heads;
     int index = blockIdx.x;
     for (int round = 1; index < count; ++round) {
+      const TileWork work = work_at(index, tiles);
+      // From here on memory is read, and (once a tile is announced) written.
+      if (round == 1) ptx::wait_for_prerequisite_grids();
       // The dynamic order asks for its next tile before it needs it. The static one goes back and forth over the
       // blocks, so that no block always gets the longest of a round.
       const int next =
           p.next_tile ? atomicAdd(p.next_tile, 1) + static_cast<int>(gridDim.x)
                       : static_cast<int>(round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x));
-      load_tile(announce(work_at(index, tiles)));
+      load_tile(announce(work));
       index = next;
     }
     TileWork end{};
