@@ -51,9 +51,9 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     if (warpgroup == C::kWarpgroups - 1) your_turn();
     if (next_tile()) {
-      int at = start_tile();
+      if constexpr (C::kQInRegisters) first_step<false>();
       for (;;) {
-        walk_blocks(at + 1);
+        walk_blocks();
         finished = tile_at.stage;
         tile_at.advance();
         const bool more = next_tile();
@@ -63,10 +63,7 @@ struct Consumer {
         if (!more) break;
         if constexpr (C::kQInRegisters) {
           if constexpr (!C::kSkipColumns) end_rows();
-          first_step<true>(0);
-          at = 0;
-        } else {
-          at = start_tile();
+          first_step<true>();
         }
       }
     }
@@ -75,23 +72,19 @@ struct Consumer {
     if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
   }
 
-  // The first block of a tile that the warpgroup sees, and what comes before it.
-  __device__ __forceinline__ int start_tile() {
-    int at = 0;
-    if constexpr (!C::kQInRegisters) {
-      const int last = shared.tile[tile_at.stage].range.count() - 1;
-      while (at < last && !sees_block(at)) idle_step(at++);
-    }
-    first_step<false>(at);
-    return at;
-  }
-
-  // The blocks of a tile from step `at` on: right edge, full, left edge.
-  __device__ __forceinline__ void walk_blocks(int at) {
+  // The blocks of a tile, or those behind its first_step(): right edge, full, left edge.
+  __device__ __forceinline__ void walk_blocks() {
     const BlockRange& range = shared.tile[tile_at.stage].range;
-    for (int masked_end = range.right_edge_steps();; masked_end = range.count()) {
+    int at = 1, first = -1;
+    if constexpr (!C::kQInRegisters) {
+      for (at = 0; at + 1 < range.count() && !sees_block(at); ++at) idle_step(at);
+      first = at;
+      softmax.reset();
+      O.fill(0.f);
+    }
+    for (int masked_end = max_of(range.right_edge_steps(), first + 1);; masked_end = range.count()) {
 #pragma unroll 1
-      for (; at < masked_end; ++at) edge_step(at);
+      for (; at < masked_end; ++at) edge_step(at, !C::kQInRegisters && at == first);
       if (at >= range.count()) break;
 #pragma unroll 1
       for (int left = range.full_steps_end() - at; left > 0; --left, ++at) full_step(at);
@@ -161,12 +154,12 @@ struct Consumer {
     release_v();
   }
 
-  // The first block of a tile, together with the last O += P V of the tile before.
+  // The first block of a tile, with Q in registers: together with the last O += P V of the tile before.
   template <bool kEndsTile>
-  __device__ __forceinline__ void first_step(int at) {
+  __device__ __forceinline__ void first_step() {
     // The turn orders this wait before all writes to shared.out.
     if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
-    if (at == 0) wait_q();
+    wait_q();
     wait_k();
     my_turn();
     ptx::wgmma_fence();
@@ -180,12 +173,11 @@ struct Consumer {
       ptx::wgmma_commit();
     }
     your_turn();
-    if constexpr (!C::kQInRegisters) pass_v(at);
     if constexpr (kEndsTile && C::kSkipColumns) end_rows();
-    const Edge edge = edge_of(at);
+    const Edge edge = edge_of(0);
     ptx::wgmma_wait<kEndsTile>();
     S.pin();
-    release_k(at);
+    release_k(0);
     softmax.reset();
     transform_scores();
     mask(edge);
@@ -219,8 +211,10 @@ struct Consumer {
     store_O();
   }
 
-  // A block on an edge.
-  __device__ __forceinline__ void edge_step(int at) {
+  // A block on an edge. Without Q in registers also the first one, which has no product to catch up with. (One code for
+  // both: instructions come from memory the first time, and short problems wait for them.)
+  __device__ __forceinline__ void edge_step(int at, bool first) {
+    if (!C::kQInRegisters && at == 0) wait_q();
     wait_k();
     my_turn();
     ptx::wgmma_fence();
@@ -228,11 +222,14 @@ struct Consumer {
     O.pin();
     issue_S();
     ptx::wgmma_commit();
-    wait_v();
-    issue_O();
+    if (!first) {
+      wait_v();
+      issue_O();
+    }
     ptx::wgmma_commit();
     your_turn();
     ptx::wgmma_wait<1>();
+    if (first) pass_v(at);
     S.pin();
     release_k(at);
     transform_scores();
@@ -242,7 +239,7 @@ struct Consumer {
     softmax.raise(S, p.to_log2, correction);
     ptx::wgmma_wait<0>();
     O.pin();
-    release_v();
+    if (!first) release_v();
     exponentiate(edge.end);
     if (__any_sync(~0u, correction[0] != 1.f || correction[1] != 1.f)) O.scale_rows(correction);
     softmax.settle_block();
