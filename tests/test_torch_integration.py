@@ -274,12 +274,20 @@ def test_grad_modes(device):
     assert inside.requires_grad and lse.requires_grad and torch.equal(inside, out)
 
 
-def test_no_forward_mode(grad_device):
+CALLS = {
+    "function": lambda q, k, v: tilewright.attention(q, k, v),
+    "operator": lambda q, k, v: torch.ops.tilewright.attention(q, k, v)[0],
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_no_forward_mode(grad_device, call):
     """There is none: an error, not a result without a tangent."""
     q, k, v = cases.make(grad_device, torch.float32, seqlen_q=5, head_dim=16)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
-        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        tilewright.attention(dual, k, v)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        call(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: call(x, k, v), (q,), (torch.ones_like(q),))
 
 
 def test_parameters_and_tensors(device):
