@@ -5,6 +5,21 @@ import torch
 
 import tilewright
 
+# Smaller than a block, about one, and larger than the sequence.
+WINDOWS = [
+    None,
+    (None, None),
+    (0, 0),
+    (0, None),
+    (None, 0),
+    (7, 0),
+    (None, 3),
+    (5, 2),
+    (150, 40),
+    (40, 150),
+    (9999, 9999),
+]
+
 
 def sink_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -110,13 +125,32 @@ def gradients(function, q, k, v, dout, dlse=None, **options):
     return run(function, q, k, v, dout, dlse, **options)[1]
 
 
+def output_shapes(q, v):
+    """The shapes of out and lse."""
+    return (*q.shape[:-1], v.shape[-1]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
+
+
+def into_outputs(q, v):
+    """Random dout and dlse."""
+    out_shape, lse_shape = output_shapes(q, v)
+    dout = normal(*out_shape, device=q.device, dtype=q.dtype)
+    return dout, torch.randn(lse_shape, device=q.device, dtype=sink_dtype(q.dtype))
+
+
 def check_gradients(q, k, v, *, dout=None, dlse=None, **options):
     """out and lse of one call and its dq, dk, dv and dsinks against the oracle. Returns the gradients."""
-    out_shape = (*q.shape[:-1], v.shape[-1])
-    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    dout = normal(*out_shape, device=q.device, dtype=q.dtype) if dout is None else dout
-    dlse = torch.randn(lse_shape, device=q.device, dtype=sink_dtype(q.dtype)) if dlse is None else dlse
+    drawn = into_outputs(q, v)
+    dout, dlse = (x if given is None else given for x, given in zip(drawn, (dout, dlse), strict=True))
     results, grads = run(call, q, k, v, dout, dlse, **options)
+    for name, grad in grads.items():
+        given = options["sinks"] if name == "sinks" else {"q": q, "k": k, "v": v}[name]
+        assert grad.dtype == given.dtype and grad.device == given.device
+    compare_gradients(results, grads, q, k, v, dout, dlse, **options)
+    return grads
+
+
+def compare_gradients(results, grads, q, k, v, dout, dlse, **options):
+    """(out, lse) and the gradients by name against the oracle's of this problem."""
     wide = (x.double() for x in (q, k, v, dout, dlse))
     oracle_results, oracle = run(plain, *wide, **in_float64(options))
     # A backward starts from the rounded out, in PyTorch as here: both from the same, which is checked by itself.
@@ -124,7 +158,16 @@ def check_gradients(q, k, v, *, dout=None, dlse=None, **options):
     other_results, yardstick = run(plain, q, k, v, dout, dlse, fused=True, saved_out=saved_out, **options)
     check_results(results, oracle_results, other_results)
     for name, grad in grads.items():
-        given = options["sinks"] if name == "sinks" else {"q": q, "k": k, "v": v}[name]
-        assert grad.dtype == given.dtype and grad.device == given.device
         reference.check_close(f"d{name}", grad, oracle[name], yardstick[name])
-    return grads
+
+
+def backward(q, k, v, dout, dlse=None, *, out=None, lse=None, **keywords):
+    """(dq, dk, dv, dsinks) by the gradient operator itself, from the forward's out and lse unless others are given."""
+    sinks = keywords.pop("sinks", None)
+    cu_seqlens = [keywords.pop(name) for name in ("cu_seqlens_q", "cu_seqlens_k") if name in keywords]
+    name = "attention_varlen" if cu_seqlens else "attention"
+    if out is None:
+        forward = getattr(torch.ops.tilewright, name)
+        out, lse = forward(q.detach(), k.detach(), v.detach(), *cu_seqlens, sinks, **keywords)
+    operator = getattr(torch.ops.tilewright, f"{name}_backward")
+    return operator(dout, dlse, q, k, v, out, lse, *cu_seqlens, sinks, **keywords)

@@ -1,8 +1,8 @@
 """Devices, dtypes and seeds for the whole suite, and the summary that a run on a GPU leaves in bench/results.
 
 A test that takes `device` runs on every device this machine has; one that takes `dtype` as well runs on every dtype the
-device's operators take; one that takes `grad_device` runs where there is a backward; one marked `gpu` or `cuda_build`
-needs a GPU or a build with nvcc and is left out, not skipped, where there is none.
+device's operators take; one marked `gpu` or `cuda_build` needs a GPU or a build with nvcc and is left out, not skipped,
+where there is none.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ START = time.time()
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICES = ["cpu", "cuda"] if HOPPER else ["cpu"]
-GRAD_DEVICES = ["cpu"]
 DTYPES = {
     "cpu": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
     "cuda": [torch.bfloat16, torch.float16],
@@ -63,16 +62,14 @@ def pytest_report_header():
 
 def pytest_generate_tests(metafunc):
     names = metafunc.fixturenames
-    for name, devices in (("device", DEVICES), ("grad_device", GRAD_DEVICES)):
-        if name not in names:
-            continue
-        if metafunc.definition.get_closest_marker("gpu"):
-            devices = ["cuda"]
-        if "dtype" in names:
-            cases = [pytest.param(d, t, id=f"{d}-{dtype_name(t)}") for d in devices for t in DTYPES[d]]
-            metafunc.parametrize((name, "dtype"), cases)
-        else:
-            metafunc.parametrize(name, devices)
+    if "device" not in names:
+        return
+    devices = ["cuda"] if metafunc.definition.get_closest_marker("gpu") else DEVICES
+    if "dtype" in names:
+        cases = [pytest.param(d, t, id=f"{d}-{dtype_name(t)}") for d in devices for t in DTYPES[d]]
+        metafunc.parametrize(("device", "dtype"), cases)
+    else:
+        metafunc.parametrize("device", devices)
 
 
 def pytest_collection_modifyitems(config, items):

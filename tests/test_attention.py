@@ -3,6 +3,7 @@
 import cases
 import pytest
 import torch
+from layouts import LAYOUTS, lay_out
 
 import tilewright
 
@@ -11,20 +12,6 @@ INFINITY = float("inf")
 HEAD_DIMS = [8, 16, 40, 64, 72, 96, 128, 136, 192, 256]
 UNEQUAL_HEAD_DIMS = [(192, 128), (128, 64), (64, 256), (8, 256), (256, 8), (72, 40), (64, 128), (128, 192)]
 SEQLENS = [(1, 1), (1, 130), (130, 1), (64, 64), (127, 129), (128, 128), (200, 333), (333, 200), (257, 512)]
-# Smaller than a block, about one, and larger than the sequence.
-WINDOWS = [
-    None,
-    (None, None),
-    (0, 0),
-    (0, None),
-    (None, 0),
-    (7, 0),
-    (None, 3),
-    (5, 2),
-    (150, 40),
-    (40, 150),
-    (9999, 9999),
-]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -67,7 +54,7 @@ def test_grouped_heads(device, dtype, heads_q, heads_kv):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", cases.WINDOWS)
 def test_window(device, dtype, window, causal):
     # A few blocks of the device's tiles in each direction.
     long, short = {"cpu": (210, 130), "cuda": (520, 300)}[device]
@@ -199,53 +186,12 @@ def test_zero_sizes(device, dtype, shape):
         cases.check_forward(q, k, v, **options)
 
 
-def _poisoned(x, layout):
-    """x again, as a view with other strides, in memory that is otherwise NaN."""
-    batch, seqlen, heads, dim = x.shape
-    nan = {"device": x.device, "dtype": x.dtype, "fill_value": float("nan")}
-    if layout == "head major":
-        view = torch.full((batch, heads, seqlen, dim), **nan).transpose(1, 2)
-    elif layout == "row major":
-        view = torch.full((seqlen, batch, heads, dim), **nan).transpose(0, 1)
-    elif layout == "sliced from packed qkv":
-        view = torch.full((batch, seqlen, 3, heads, dim), **nan)[:, :, 1]
-    elif layout == "every other":
-        view = torch.full((batch * 2, seqlen * 3, heads * 2, dim), **nan)[::2, ::3, ::2]
-    elif layout == "padded rows":
-        view = torch.full((batch, seqlen, heads, dim + 8), **nan)[..., :dim]
-    elif layout == "odd stride":
-        view = torch.full((batch, seqlen, heads, dim + 1), **nan)[..., :dim]
-    elif layout == "odd offset":
-        view = torch.full((batch * seqlen * heads * dim + 1,), **nan)[1:].view(x.shape)
-    elif layout == "expanded batch":
-        return x[:1].expand_as(x)
-    elif layout == "expanded heads":
-        return x[:, :, :1].expand_as(x)
-    else:
-        raise AssertionError(layout)
-    view.copy_(x)
-    return view
-
-
-LAYOUTS = [
-    "head major",
-    "row major",
-    "sliced from packed qkv",
-    "every other",
-    "padded rows",
-    "odd stride",
-    "odd offset",
-    "expanded batch",
-    "expanded heads",
-]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_views(device, dtype, layout):
     """The bits are those of the contiguous tensors, and nothing around the views is read into them."""
     for head_dim, head_dim_v in ((64, 64), (72, 40)):
         x = cases.make(device, dtype, seqlen_q=70, seqlen_k=133, heads_q=4, head_dim=head_dim, head_dim_v=head_dim_v)
-        views = [_poisoned(t, layout) for t in x]
+        views = [lay_out(t, layout) for t in x]
         assert all(t.stride(-1) == 1 for t in views)
         out, lse = cases.call(*views, causal=True)
         out_contiguous, lse_contiguous = cases.call(*(t.contiguous() for t in views), causal=True)
@@ -258,7 +204,7 @@ def test_one_strided_input_of_three(device, dtype):
     out, lse = cases.call(*x, causal=True)
     for i in range(3):
         for layout in ("head major", "padded rows", "odd offset"):
-            views = [_poisoned(t, layout) if i == j else t for j, t in enumerate(x)]
+            views = [lay_out(t, layout) if i == j else t for j, t in enumerate(x)]
             out_views, lse_views = cases.call(*views, causal=True)
             assert torch.equal(out, out_views) and torch.equal(lse, lse_views), (i, layout)
 

@@ -56,10 +56,10 @@ SHARP = {"heads_q": 2, "heads_kv": 1, "head_dim": 256, "head_dim_v": 256}, {"sof
 @settings(max_examples=60)
 @example(problem=(*SHARP, False, 224), batch=1, seqlen_q=2, seqlen_k=5)
 @given(problem=problems(), batch=st.integers(0, 2), seqlen_q=LENGTHS, seqlen_k=LENGTHS)
-def test_gradients(grad_device, dtype, problem, batch, seqlen_q, seqlen_k):
+def test_gradients(device, dtype, problem, batch, seqlen_q, seqlen_k):
     shape, options, with_sinks, seed = problem
     torch.manual_seed(seed)
-    q, k, v = cases.make(grad_device, dtype, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, **shape)
+    q, k, v = cases.make(device, dtype, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, **shape)
     check(q, k, v, with_sinks, options, gradients=True)
 
 
@@ -74,8 +74,8 @@ def test_varlen(device, dtype, problem, sequences, first, tail):
 
 @settings(max_examples=40)
 @given(problem=problems(), sequences=SEQUENCES, first=st.integers(0, 9), tail=st.integers(0, 9))
-def test_varlen_gradients(grad_device, dtype, problem, sequences, first, tail):
-    _check_varlen(grad_device, dtype, problem, sequences, first, tail, gradients=True)
+def test_varlen_gradients(device, dtype, problem, sequences, first, tail):
+    _check_varlen(device, dtype, problem, sequences, first, tail, gradients=True)
 
 
 def _check_varlen(device, dtype, problem, sequences, first, tail, gradients):

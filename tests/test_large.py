@@ -37,8 +37,8 @@ def test_far_apart(device, which, dim, distance):
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
-def test_gradients_far_apart(grad_device, which):
-    q, k, v = cases.make(grad_device, DTYPE, seqlen_q=70, head_dim=64)
+def test_gradients_far_apart(device, which):
+    q, k, v = cases.make(device, DTYPE, seqlen_q=70, head_dim=64)
     near = {"q": q, "k": k, "v": v, "dout": torch.randn_like(q)}
     far = {**near, which: spread(near[which], 0, FAR)}
     expected = cases.gradients(cases.call, **near)

@@ -52,11 +52,11 @@ def test_varlen(device, dtype):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_gradients(grad_device, dtype, name):
+def test_gradients(device, dtype, name):
     shape, options = PROBLEMS[name]
-    q, k, v = cases.make(grad_device, dtype, heads_q=4, heads_kv=2, **shape)
-    sinks = cases.make_sinks(4, grad_device, dtype)
-    dout = cases.normal(*q.shape[:-1], v.shape[-1], device=grad_device, dtype=dtype)
+    q, k, v = cases.make(device, dtype, heads_q=4, heads_kv=2, **shape)
+    sinks = cases.make_sinks(4, device, dtype)
+    dout = cases.normal(*q.shape[:-1], v.shape[-1], device=device, dtype=dtype)
 
     def run():
         return cases.gradients(cases.call, q, k, v, dout, deterministic=True, sinks=sinks, **options)
@@ -68,9 +68,9 @@ def test_gradients(grad_device, dtype, name):
             assert torch.equal(grad, first[which]), which
 
 
-def test_varlen_gradients(grad_device, dtype):
-    q, k, v, cu_seqlens = cases.make_packed(grad_device, dtype, [0, 90, 7], [3, 90, 20], first=70, tail=9)
-    dout = cases.normal(*q.shape, device=grad_device, dtype=dtype)
+def test_varlen_gradients(device, dtype):
+    q, k, v, cu_seqlens = cases.make_packed(device, dtype, [0, 90, 7], [3, 90, 20], first=70, tail=9)
+    dout = cases.normal(*q.shape, device=device, dtype=dtype)
     first = cases.gradients(cases.call, q, k, v, dout, deterministic=True, causal=True, **cu_seqlens)
     for _ in range(3):
         poison(*first.values())

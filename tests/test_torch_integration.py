@@ -48,9 +48,9 @@ def test_opcheck(device, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_opcheck_of_the_backward(grad_device, packed):
+def test_opcheck_of_the_backward(device, packed):
     name = "attention_varlen" if packed else "attention"
-    tensors = problem(grad_device, packed=packed)
+    tensors = problem(device, packed=packed)
     out, lse = getattr(torch.ops.tilewright, name)(*tensors, **KEYWORDS)
     operator = getattr(torch.ops.tilewright, f"{name}_backward").default
     q, k, v, *rest = tensors
@@ -80,12 +80,12 @@ def test_torch_ops_says_the_same(device, dtype, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_three_ways_to_one_gradient(grad_device, packed):
+def test_three_ways_to_one_gradient(device, packed):
     """tilewright.attention, torch.ops and the autograd.Function end in the same backward."""
     grads = []
     for way in ("function", "ops", "autograd"):
         torch.manual_seed(7)
-        tensors = problem(grad_device, torch.float32, packed=packed, requires_grad=True)
+        tensors = problem(device, torch.float32, packed=packed, requires_grad=True)
         q, k, v, *rest = tensors
         if way == "ops":
             operator = torch.ops.tilewright.attention_varlen if packed else torch.ops.tilewright.attention
@@ -223,11 +223,11 @@ def test_autocast_varlen(device):
         assert torch.equal(tilewright.attention_varlen(q, k, v, **cu_seqlens), expected)
 
 
-def test_gradients_under_autocast(grad_device):
+def test_gradients_under_autocast(device):
     """The gradients come back in the dtype of what was cast."""
-    q, k, v = (x.requires_grad_() for x in cases.make(grad_device, torch.float32, seqlen_q=20, head_dim=16))
+    q, k, v = (x.requires_grad_() for x in cases.make(device, torch.float32, seqlen_q=20, head_dim=16))
     low = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    with torch.autocast(grad_device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = tilewright.attention(q, k, v, causal=True)
     dout = torch.randn_like(out)
     grads = torch.autograd.grad(out, (q, k, v), dout)
@@ -237,8 +237,8 @@ def test_gradients_under_autocast(grad_device):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(grad_device, use_reentrant):
-    q, k, v = (x.requires_grad_() for x in cases.make(grad_device, torch.float32, seqlen_q=20, head_dim=16))
+def test_checkpointing(device, use_reentrant):
+    q, k, v = (x.requires_grad_() for x in cases.make(device, torch.float32, seqlen_q=20, head_dim=16))
 
     def block(q, k, v):
         return tilewright.attention(q, k, v, **OPTIONS).sin()
@@ -249,10 +249,10 @@ def test_checkpointing(grad_device, use_reentrant):
         assert torch.equal(x.grad, right)
 
 
-def test_inputs_changed_before_the_backward(grad_device):
+def test_inputs_changed_before_the_backward(device):
     """The backward reads q, k, v, out, lse and cu_seqlens again: when one has changed since, that is an error."""
     for changed in range(7):
-        q, k, v, cu_seqlens = cases.make_packed(grad_device, torch.float32, [5, 12], head_dim=16)
+        q, k, v, cu_seqlens = cases.make_packed(device, torch.float32, [5, 12], head_dim=16)
         saved = [q, k, v, *cu_seqlens.values()]
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out, lse = cases.call(*leaves, **cu_seqlens)
@@ -281,9 +281,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_no_forward_mode(grad_device, call):
+def test_no_forward_mode(device, call):
     """There is none: an error, not a result without a tangent."""
-    q, k, v = cases.make(grad_device, torch.float32, seqlen_q=5, head_dim=16)
+    q, k, v = cases.make(device, torch.float32, seqlen_q=5, head_dim=16)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         call(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), k, v)
     with pytest.raises((RuntimeError, NotImplementedError)):

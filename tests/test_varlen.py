@@ -53,11 +53,11 @@ def test_head_dims(device, dtype, head_dim, head_dim_v):
 
 
 @pytest.mark.parametrize("lengths_q, lengths_k", BATCHES[3:6], ids=describe)
-def test_gradients(grad_device, dtype, lengths_q, lengths_k):
+def test_gradients(device, dtype, lengths_q, lengths_k):
     q, k, v, cu_seqlens = cases.make_packed(
-        grad_device, dtype, lengths_q, lengths_k, first=3, tail=2, heads_q=4, heads_kv=2, head_dim=40
+        device, dtype, lengths_q, lengths_k, first=3, tail=2, heads_q=4, heads_kv=2, head_dim=40
     )
-    sinks = cases.make_sinks(4, grad_device, dtype)
+    sinks = cases.make_sinks(4, device, dtype)
     for options in OPTIONS:
         cases.check_gradients(q, k, v, **cu_seqlens, **options)
         cases.check_gradients(q, k, v, **cu_seqlens, **options, sinks=sinks)
@@ -125,9 +125,9 @@ def test_isolation(device, dtype, poison):
             assert torch.equal(out[rows], clean[rows]) and torch.equal(lse[:, rows], lse_clean[:, rows])
 
 
-def test_isolation_of_gradients(grad_device, dtype):
-    q, k, v, cu_seqlens = cases.make_packed(grad_device, dtype, [40, 70], [60, 70], first=3, tail=4)
-    dout = cases.normal(*q.shape, device=grad_device, dtype=dtype)
+def test_isolation_of_gradients(device, dtype):
+    q, k, v, cu_seqlens = cases.make_packed(device, dtype, [40, 70], [60, 70], first=3, tail=4)
+    dout = cases.normal(*q.shape, device=device, dtype=dtype)
     clean = cases.gradients(cases.call, q, k, v, dout, causal=True, **cu_seqlens)
     rows, keys = slice(43, 113), slice(63, 133)  # the second sequence
     poisoned = []

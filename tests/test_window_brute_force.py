@@ -71,14 +71,14 @@ def test_forward(device, seqlen_q, seqlen_k, **options):
 
 @settings(max_examples=75)
 @given(seqlen_q=lengths(), seqlen_k=lengths(), **OPTIONS)
-def test_backward(grad_device, seqlen_q, seqlen_k, **options):
+def test_backward(device, seqlen_q, seqlen_k, **options):
     """dv = Pᵀ dout: with dout the identity it is the mask transposed. lse's gradient of k = 1 is P summed up."""
-    seen = brute_force(seqlen_q, seqlen_k, **options).to(grad_device)
-    q = torch.zeros(1, seqlen_q, 1, 8, device=grad_device)
-    k = torch.ones(1, seqlen_k, 1, 8, device=grad_device)
-    v = torch.zeros(1, seqlen_k, 1, LONGEST, device=grad_device)
-    dout = torch.eye(seqlen_q, LONGEST, device=grad_device)[None, :, None]
-    dlse = torch.ones(1, 1, seqlen_q, device=grad_device)
+    seen = brute_force(seqlen_q, seqlen_k, **options).to(device)
+    q = torch.zeros(1, seqlen_q, 1, 8, device=device)
+    k = torch.ones(1, seqlen_k, 1, 8, device=device)
+    v = torch.zeros(1, seqlen_k, 1, LONGEST, device=device)
+    dout = torch.eye(seqlen_q, LONGEST, device=device)[None, :, None]
+    dlse = torch.ones(1, 1, seqlen_q, device=device)
     grads = cases.gradients(cases.call, q, k, v, dout, dlse, scale=1.0, **operator_options(**options))
     check_mask("dv", grads["v"][0, :, 0, :seqlen_q].T, seen)
     # dq of row i: the mean of the keys it sees, which are all 1; nothing for an empty row.
