@@ -18,7 +18,7 @@ GRADIENT_LAYOUTS = ["expanded", "transposed", "every other element"]
 
 
 def lay_out(x, layout):
-    """x again (of the expanded ones a part, repeated), (batch, seqlen, heads, head_dim), in memory that is otherwise NaN."""
+    """x, (batch, seqlen, heads, head_dim), again in memory that is otherwise NaN; expanded: a part of it, repeated."""
     batch, seqlen, heads, dim = x.shape
     nan = {"device": x.device, "dtype": x.dtype, "fill_value": float("nan")}
     if layout == "contiguous":

@@ -1,5 +1,7 @@
 """The same bits every run, whatever was in the memory that the results are put into."""
 
+import itertools
+
 import cases
 import pytest
 import torch
@@ -51,32 +53,55 @@ def test_varlen(device, dtype):
         assert torch.equal(out_again, out) and torch.equal(lse_again, lse)
 
 
+def check_bits_of_gradients(q, k, v, repeats=3, **options):
+    """The same gradients from every call, in memory that held something else before. Returns them."""
+    dout, dlse = cases.into_outputs(q, v)
+    first = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=True, **options)
+    for _ in range(repeats):
+        poison(*first.values(), dout)
+        again = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=True, **options)
+        for which, grad in again.items():
+            assert torch.equal(grad, first[which]), f"d{which} with {options}"
+        del again
+    return first
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_gradients(device, dtype, name):
     shape, options = PROBLEMS[name]
     q, k, v = cases.make(device, dtype, heads_q=4, heads_kv=2, **shape)
-    sinks = cases.make_sinks(4, device, dtype)
-    dout = cases.normal(*q.shape[:-1], v.shape[-1], device=device, dtype=dtype)
-
-    def run():
-        return cases.gradients(cases.call, q, k, v, dout, deterministic=True, sinks=sinks, **options)
-
-    first = run()
-    for _ in range(3):
-        poison(*first.values(), dout)
-        for which, grad in run().items():
-            assert torch.equal(grad, first[which]), which
+    check_bits_of_gradients(q, k, v, sinks=cases.make_sinks(4, device, dtype), **options)
 
 
 def test_varlen_gradients(device, dtype):
+    """Also the rows that belong to no sequence are written."""
     q, k, v, cu_seqlens = cases.make_packed(device, dtype, [0, 90, 7], [3, 90, 20], first=70, tail=9)
-    dout = cases.normal(*q.shape, device=device, dtype=dtype)
-    first = cases.gradients(cases.call, q, k, v, dout, deterministic=True, causal=True, **cu_seqlens)
-    for _ in range(3):
-        poison(*first.values())
-        again = cases.gradients(cases.call, q, k, v, dout, deterministic=True, causal=True, **cu_seqlens)
-        for which, grad in again.items():
-            assert torch.equal(grad, first[which]), which
+    grads = check_bits_of_gradients(q, k, v, causal=True, **cu_seqlens)
+    for name in "qkv":
+        assert (grads[name][:70] == 0).all() and (grads[name][-9:] == 0).all(), name
+
+
+MASKS = [{}, {"causal": True}, {"window": (70, 10), "sink_tokens": 3}, {"causal": True, "window": (150, 0)}]
+# Of the GPU's kernels; a few tiles of keys, so that several blocks add to the same rows of dq.
+DIMS = {"cpu": [(64, 64)], "cuda": [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (40, 72)]}
+ROWS = {"cpu": 80, "cuda": 700}
+
+
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_every_combination_of_features(device, mask, packed, softcap):
+    rows, dtype = ROWS[device], torch.bfloat16
+    for (head_dim, head_dim_v), heads_kv, with_sinks in itertools.product(DIMS[device], (4, 2, 1), (False, True)):
+        shape = {"heads_q": 4, "heads_kv": heads_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
+        options = {**mask, "softcap": softcap, "sinks": cases.make_sinks(4, device, dtype) if with_sinks else None}
+        if packed:
+            lengths_q, lengths_k = [rows // 3, 0, rows], [rows, 9, rows - 5]
+            q, k, v, cu_seqlens = cases.make_packed(device, dtype, lengths_q, lengths_k, first=3, tail=2, **shape)
+        else:
+            q, k, v = cases.make(device, dtype, seqlen_q=rows, seqlen_k=rows + 30, **shape)
+            cu_seqlens = {}
+        check_bits_of_gradients(q, k, v, **options, **cu_seqlens)
 
 
 def test_number_of_threads():
@@ -97,12 +122,16 @@ def test_number_of_threads():
 
 
 @pytest.mark.gpu
-def test_under_load(device, dtype):
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_under_load(device, dtype, head_dim):
     """Many tiles in flight, next to other kernels: what blocks take dynamically must not show in the bits."""
-    q, k, v = cases.make(device, dtype, batch=4, seqlen_q=1500, heads_q=16, heads_kv=4, head_dim=128)
+    heads = {"heads_q": 16, "heads_kv": 4}
+    q, k, v = cases.make(device, dtype, batch=4, seqlen_q=1500, head_dim=head_dim, **heads)
     lengths = [1000, 3, 1500, 700, 0, 2797]
-    packed = cases.make_packed(device, dtype, lengths, heads_q=8, heads_kv=2, head_dim=128)
+    *packed, cu_seqlens = cases.make_packed(device, dtype, lengths, head_dim=head_dim, **heads)
+    dout, dout_packed = torch.randn_like(q), torch.randn_like(packed[0])
     busy = torch.randn(2048, 2048, device=device, dtype=dtype)
+    options = {"causal": True, "deterministic": True}
     first = None
     for _ in range(10):
         poison(q)
@@ -110,7 +139,9 @@ def test_under_load(device, dtype):
         with torch.cuda.stream(side):
             for _ in range(5):
                 busy @ busy
-        results = [*cases.call(q, k, v, causal=True), *cases.call(*packed[:3], **packed[3], causal=True)]
+        results, grads = cases.run(cases.call, q, k, v, dout, **options)
+        results_packed, grads_packed = cases.run(cases.call, *packed, dout_packed, **cu_seqlens, **options)
+        results = [*results, *results_packed, *grads.values(), *grads_packed.values()]
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
         torch.cuda.synchronize()
