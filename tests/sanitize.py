@@ -1,4 +1,4 @@
-"""Every instance of the Hopper forward, on small shapes, for compute-sanitizer:
+"""Every instance of the Hopper forward and every family of the backward, on small shapes, for compute-sanitizer:
 
     for tool in memcheck synccheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitize.py
@@ -39,6 +39,37 @@ def compare(problem, dtype):
     cases.check_results([x.cpu() for x in result], oracle, cases.plain(q, k, v, fused=True, **options))
 
 
+def compare_gradients(problem, dtype, deterministic):
+    (q, k, v), options = problem.make("cpu", dtype)
+    options["deterministic"] = deterministic
+    dout, dlse = cases.into_outputs(q, v)
+    if problem.packed:  # rows in no sequence
+        dout[: tiles.FIRST], dout[-tiles.TAIL :] = float("nan"), float("nan")
+        dlse[:, : tiles.FIRST], dlse[:, -tiles.TAIL :] = float("nan"), float("nan")
+    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    results, grads = cases.run(cases.call, *(x.cuda() for x in (q, k, v, dout, dlse)), **moved)
+    torch.cuda.synchronize()
+    if "--no-compare" in sys.argv:
+        return
+    # The oracle's rows in no sequence take no part in it, so what flows into them must not be NaN.
+    dout, dlse = dout.nan_to_num(), dlse.nan_to_num()
+    results, grads = [x.cpu() for x in results], {name: x.cpu() for name, x in grads.items()}
+    cases.compare_gradients(results, grads, q, k, v, dout, dlse, **options)
+
+
+def backward_problems():
+    """Each head dimension that kernels are made for, and one off it; each feature; packed with NaN around it."""
+    window = {"window": (90, 5), "sink_tokens": 3}
+    for head_dim, head_dim_v in ((64, 64), (128, 128), (192, 128), (256, 256), (72, 40)):
+        for softcap in (0.0, 9.0):
+            options = {**window, "softcap": softcap}
+            yield Problem(head_dim, head_dim_v, [150], [301], False, {"causal": True, "softcap": softcap})
+            yield Problem(head_dim, head_dim_v, [130, 0, 9, 70], [200, 7, 9, 0], True, options)
+    yield Problem(64, 64, [0], [70], False, {})
+    yield Problem(128, 128, [70], [0], False, {})
+    yield Problem(64, 64, [5] * 132, [9] * 132, False, {"causal": True})
+
+
 def of_each_layout(kernel, element, count):
     """A plain and a packed problem for the kernel, with as many options as the table has for it, small."""
     own = [problem for problem in tiles.problems() if problem.kernel(element, count) == kernel]
@@ -70,6 +101,13 @@ def main():
         compare(problem, torch.bfloat16)
         calls += 1
         print(f"{problem}: agrees", flush=True)
+    for problem in backward_problems():
+        for deterministic in (False, True):
+            compare_gradients(problem, torch.bfloat16, deterministic)
+            calls += 1
+        print(f"backward {problem}: agrees", flush=True)
+    compare_gradients(Problem(128, 128, [150], [301], False, {"causal": True}), torch.float16, deterministic=False)
+    calls += 1
     print(f"{calls} calls, kernels {tilewright.build_info()['kernel_id']}")
 
 

@@ -299,20 +299,61 @@ def test_float64_sinks():
     says(error, ["sinks", "float64", "float32"])
 
 
-def test_a_backward_called_by_hand():
+# What changes in a good call of a gradient operator, and the words: the argument, what it wants, what it got.
+BAD_BACKWARD = {
+    "dout of other rows": (lambda a: {"dout": a["dout"][..., :1, :, :]}, ["dout", "head_dim_v", "got"]),
+    "dout of q's head_dim": (lambda a: {"dout": a["q"]}, ["dout", "head_dim_v", "24", "16"]),
+    "dout of another rank": (lambda a: {"dout": a["dout"][None]}, ["dout"]),
+    "dout of another dtype": (lambda a: {"dout": a["dout"].double()}, ["dout", "like q", "float64"]),
+    "out of other heads": (lambda a: {"out": a["out"][..., :2, :]}, ["out", "heads_q", "got"]),
+    "out of another dtype": (lambda a: {"out": a["out"].float()}, ["out", "like q", "float32"]),
+    "lse of other rows": (lambda a: {"lse": a["lse"][..., 1:]}, ["lse", "heads_q", "got"]),
+    "lse of another dtype": (lambda a: {"lse": a["lse"].to(a["q"].dtype)}, ["lse", "float32", "bfloat16"]),
+    "dlse transposed": (lambda a: {"dlse": a["lse"].mT}, ["dlse", "heads_q", "got"]),
+    "dlse of another dtype": (lambda a: {"dlse": a["lse"].double()}, ["dlse", "float32", "float64"]),
+    "q of another rank": (lambda a: {"q": a["q"][0]}, ["q", "rank"]),
+    "k of another head_dim": (lambda a: {"k": widen(a["k"], 32)}, ["k", "head_dim", "16", "32"]),
+    "v of other heads": (lambda a: {"v": a["v"][..., :1, :]}, ["v", "heads", "2", "1"]),
+    "k's last dimension": (lambda a: {"k": every_other(a["k"])}, ["k", "contiguous", "stride 2"]),
+    "sinks too few": (lambda a: {"sinks": a["lse"].new_zeros(3)}, ["sinks", "(4,)", "(3,)"]),
+    "window negative": (lambda a: {"window_left": -1}, ["window", "-1"]),
+    "softcap negative": (lambda a: {"softcap": -2.0}, ["softcap", "-2"]),
+    "scale NaN": (lambda a: {"scale": float("nan")}, ["scale", "nan"]),
+    "sink_tokens negative": (lambda a: {"sink_tokens": -3}, ["sink_tokens", "-3"]),
+}
+BAD_PACKED_BACKWARD = {
+    "cu_seqlens_q of int64": (lambda a: {"cu_seqlens_q": a["cu_seqlens_q"].long()}, ["cu_seqlens_q", "int32", "int64"]),
+    "cu_seqlens of two lengths": (lambda a: {"cu_seqlens_k": a["cu_seqlens_k"][:2]}, ["cu_seqlens_k", "3", "2"]),
+    "max_seqlen_q negative": (lambda a: {"max_seqlen_q": -1}, ["max_seqlen_q", "-1"]),
+}
+
+
+def check_backward(operator, device, change, words):
     """The gradient operators are public too, as torch.ops.tilewright.*_backward."""
-    arguments = good("cpu", torch.float32)
-    out, lse = tilewright.attention(**arguments, return_lse=True)
-    backward = torch.ops.tilewright.attention_backward
-    inputs = tuple(arguments.values())
-    backward(out, None, *inputs, out, lse)
-    for bad, words in (
-        ((out[:, 1:], None, *inputs, out, lse), ["dout", "(2, 5, 4, 24)", "(2, 4, 4, 24)"]),
-        ((out.double(), None, *inputs, out, lse), ["dout", "float32", "float64"]),
-        ((out, lse[:1], *inputs, out, lse), ["dlse", "(2, 4, 5)", "(1, 4, 5)"]),
-        ((out, None, *inputs, out[:1], lse), ["out", "(2, 5, 4, 24)", "(1, 5, 4, 24)"]),
-        ((out, None, *inputs, out, lse.mT), ["lse", "(2, 4, 5)", "(2, 5, 4)"]),
-    ):
-        with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
-            backward(*bad)
-        says(error, words)
+    make, function = FUNCTIONS[operator]
+    arguments = make(device, torch.bfloat16)
+    out, lse = function(**arguments, return_lse=True)
+    arguments |= {"dout": torch.randn_like(out), "dlse": None, "out": out, "lse": lse}
+    backward = getattr(torch.ops.tilewright, f"{operator}_backward")
+    backward(**arguments)
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        backward(**{**arguments, **change(arguments)})
+    says(error, words)
+
+
+@pytest.mark.parametrize("operator", FUNCTIONS)
+@pytest.mark.parametrize("name", BAD_BACKWARD)
+def test_backward(device, operator, name):
+    check_backward(operator, device, *BAD_BACKWARD[name])
+
+
+@pytest.mark.parametrize("name", BAD_PACKED_BACKWARD)
+def test_varlen_backward(device, name):
+    check_backward("attention_varlen", device, *BAD_PACKED_BACKWARD[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", FUNCTIONS)
+@pytest.mark.parametrize("name", ["dout", "out", "lse"])
+def test_backward_of_cpu_and_gpu(device, operator, name):
+    check_backward(operator, device, lambda a: {name: a[name].cpu()}, [name, "device", "cpu", "cuda:0"])
