@@ -144,14 +144,15 @@ def test_sinks_of_any_size(device, dtype):
     q, k, v = cases.make(device, dtype, seqlen_q=70, heads_q=4)
     sinks = torch.tensor([200.0, -200.0, -INFINITY, 0.0], device=device, dtype=cases.sink_dtype(dtype))
     dout, dlse = cases.into_outputs(q, v)
-    grads = cases.gradients(cases.call, q, k, v, dout, dlse, sinks=sinks)
-    without = cases.gradients(cases.call, q, k, v, dout, dlse)
+    grads = cases.gradients(cases.call, q, k, v, dout, dlse, sinks=sinks, deterministic=True)
+    without = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=True)
     assert all(grad.isfinite().all() for grad in grads.values())
     assert (grads["q"][:, :, 0].double().abs() < 1e-30).all()
     torch.testing.assert_close(grads["sinks"][0], dlse[:, 0].sum(), rtol=1e-4, atol=1e-4)
     assert (grads["sinks"][1:3].abs() < 1e-30).all()
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}
     for name in "qkv":
-        torch.testing.assert_close(grads[name][:, :, 1:3], without[name][:, :, 1:3])
+        torch.testing.assert_close(grads[name][:, :, 1:3], without[name][:, :, 1:3], **close)
 
 
 def test_masked_scores_of_any_size(device, dtype):

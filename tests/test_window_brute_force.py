@@ -74,15 +74,17 @@ def test_forward(device, seqlen_q, seqlen_k, **options):
 def test_backward(device, seqlen_q, seqlen_k, **options):
     """dv = Pᵀ dout: with dout the identity it is the mask transposed. lse's gradient of k = 1 is P summed up."""
     seen = brute_force(seqlen_q, seqlen_k, **options).to(device)
-    q = torch.zeros(1, seqlen_q, 1, 8, device=device)
-    k = torch.ones(1, seqlen_k, 1, 8, device=device)
-    v = torch.zeros(1, seqlen_k, 1, LONGEST, device=device)
-    dout = torch.eye(seqlen_q, LONGEST, device=device)[None, :, None]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q = torch.zeros(1, seqlen_q, 1, 8, device=device, dtype=dtype)
+    k = torch.ones(1, seqlen_k, 1, 8, device=device, dtype=dtype)
+    v = torch.zeros(1, seqlen_k, 1, LONGEST, device=device, dtype=dtype)
+    dout = torch.eye(seqlen_q, LONGEST, device=device, dtype=dtype)[None, :, None]
     dlse = torch.ones(1, 1, seqlen_q, device=device)
     grads = cases.gradients(cases.call, q, k, v, dout, dlse, scale=1.0, **operator_options(**options))
     check_mask("dv", grads["v"][0, :, 0, :seqlen_q].T, seen)
     # dq of row i: the mean of the keys it sees, which are all 1; nothing for an empty row.
-    torch.testing.assert_close(grads["q"][0, :, 0, 0], seen.any(-1).float(), rtol=1e-5, atol=1e-6)
+    close = {"rtol": 1e-5, "atol": 1e-6} if device == "cpu" else {"rtol": 1e-2, "atol": 0}
+    torch.testing.assert_close(grads["q"][0, :, 0, 0].float(), seen.any(-1).float(), **close)
 
 
 @settings(max_examples=75)
