@@ -1,4 +1,4 @@
-"""Benchmarks: ``python -m bench forward --set standard``, ``python -m bench plot``, ``python -m bench table``.
+"""Benchmarks: ``python -m bench forward | backward | training --set standard``, ``step``, ``plot``, ``table``.
 
 No correctness here (that is tests/'s), no timing there. What a number means:
 

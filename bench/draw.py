@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench import report, results
+from bench.problem import WORK
 
 BEGIN, END = "<!-- bench table: begin -->", "<!-- bench table: end -->"
+FA3_IS_DERIVED = (
+    " No wheel holds FA3's backward: the last column is ours over FA3's recorded ratio to cuDNN "
+    "([bench/fa3_backward.py](bench/fa3_backward.py)) times cuDNN's speed in this run, derived and not measured."
+)
+TITLES = {"forward": "forward", "backward": "backward", "training": "forward and backward"}
 COLORS = {
     "ours": "#d62728",
     "cudnn": "#1f77b4",
@@ -32,23 +39,31 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plot(args: argparse.Namespace) -> int:
-    """Draws TFLOP/s over seqlen, a panel for each head_dim and mask, for each GPU and dtype of the standard set."""
+    """Draws TFLOP/s over seqlen, a panel for each head_dim and mask; a file for each work, GPU and kind of the set."""
     import matplotlib  # only plots need it
 
     matplotlib.use("svg")
     # The same results draw the same file, with its text as text.
     matplotlib.rcParams.update({"svg.hashsalt": "tilewright", "svg.fonttype": "none"})
     drawn = 0
-    for gpu, entries in results.load("forward", args.results).items():
+    for work, gpu, entries in _recorded(args.results):
         for name in (name for name in entries if name.startswith("standard-")):
-            path = args.output / f"forward-{gpu}-{name.removeprefix('standard-')}.svg"
+            kind = name.removeprefix("standard-")
+            path = args.output / f"{work}-{gpu}-{kind}.svg"
             args.output.mkdir(parents=True, exist_ok=True)
-            _draw_standard(entries[name], f"{gpu}, {name.removeprefix('standard-')}", path)
+            _draw_standard(entries[name], f"{TITLES[work]}, {gpu}, {kind.replace('-', ', ')}", path)
             print(f"drew {path}")
             drawn += 1
     if not drawn:
         print(f"bench: no result of the set 'standard' in {args.results}", file=sys.stderr)
     return int(not drawn)
+
+
+def _recorded(folder: Path) -> Iterator[tuple[str, str, dict[str, dict]]]:
+    """(work, gpu, entries) of every file of results."""
+    for work in WORK:
+        for gpu, entries in results.load(work, folder).items():
+            yield work, gpu, entries
 
 
 def _draw_standard(entry: dict, title: str, path: Path) -> None:
@@ -65,6 +80,9 @@ def _draw_standard(entry: dict, title: str, path: Path) -> None:
         names = dict.fromkeys(name for row in rows for name in row["peers"])
         for name in names:
             panel.plot(seqlens, [row["peers"].get(name) for row in rows], "o-", ms=3, lw=1, label=name, c=_color(name))
+        for name in dict.fromkeys(name for row in rows for name in row.get("derived", {})):
+            style = {"ls": "--", "lw": 1, "c": _color(name), "label": f"{name}, derived"}
+            panel.plot(seqlens, [row.get("derived", {}).get(name) for row in rows], **style)
         panel.plot(seqlens, [row["tflops"] for row in rows], "o-", ms=4, lw=2, label="tilewright", c=_color("ours"))
         panel.axhline(entry["roofs"]["matmul_tflops"], ls=":", lw=1, c="black", label="matrix product 8192³")
         panel.set_xscale("log", base=2)
@@ -76,7 +94,7 @@ def _draw_standard(entry: dict, title: str, path: Path) -> None:
         row[0].set_ylabel("TFLOP/s")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
-    figure.suptitle(f"attention forward, {title} (kernels {entry['kernel_id']}, {entry['date']})", fontsize=11)
+    figure.suptitle(f"attention, {title} (kernels {entry['kernel_id']}, {entry['date']})", fontsize=11)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -84,8 +102,9 @@ def _draw_standard(entry: dict, title: str, path: Path) -> None:
 
 def table(args: argparse.Namespace) -> int:
     """Prints the tables of every GPU, or writes them between the markers of a file."""
-    text = "\n".join(_gpu_tables(gpu, entries) for gpu, entries in results.load("forward", args.results).items())
-    text = text or "No result is recorded yet.\n"
+    parts = [_tables(work, gpu, entries) for work, gpu, entries in _recorded(args.results)]
+    parts += [_step_table(gpu, entries) for gpu, entries in results.load("step", args.results).items()]
+    text = "\n".join(parts) or "No result is recorded yet.\n"
     if not args.write:
         print(text)
         return 0
@@ -97,18 +116,24 @@ def table(args: argparse.Namespace) -> int:
     return 0
 
 
-def _gpu_tables(gpu: str, entries: dict[str, dict]) -> str:
+def _check_current(gpu: str, work: str, entries: dict[str, dict]) -> None:
     current = results.kernel_id()
-    parts = []
     for name, entry in entries.items():
         if entry["kernel_id"] != current:
-            print(f"bench: {gpu} {name} speaks of kernels {entry['kernel_id']}, not {current}", file=sys.stderr)
+            print(f"bench: {gpu} {work} {name} speaks of kernels {entry['kernel_id']}, not {current}", file=sys.stderr)
+
+
+def _tables(work: str, gpu: str, entries: dict[str, dict]) -> str:
+    _check_current(gpu, work, entries)
+    parts = []
+    for name, entry in entries.items():
         if name.startswith("standard-"):
-            parts.append(_standard_table(gpu, name.removeprefix("standard-"), entry))
+            parts.append(_standard_table(work, gpu, name.removeprefix("standard-").replace("-", ", "), entry))
+    of_what = "" if work == "forward" else f" of the {TITLES[work]}"
     for title, build in (
-        ("| set | rows | geometric mean | worst row |\n|---|---|---|---|", _set_lines),
+        (f"| set{of_what} | rows | geometric mean | worst row |\n|---|---|---|---|", _set_lines),
         ("| host time of one call | µs | with a gradient asked for |\n|---|---|---|", _host_lines),
-        ("| relative error against float64 | ours | best peer |\n|---|---|---|", _accuracy_lines),
+        (f"| relative error{of_what} against float64 | ours | best peer |\n|---|---|---|", _accuracy_lines),
     ):
         lines = [line for name, entry in entries.items() for line in build(name, entry)]
         if lines:
@@ -116,23 +141,44 @@ def _gpu_tables(gpu: str, entries: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def _standard_table(gpu: str, dtype: str, entry: dict) -> str:
-    seqlens = sorted({row["seqlen"] for row in entry["rows"]})
+def _standard_table(work: str, gpu: str, kind: str, entry: dict) -> str:
+    rows = entry["rows"]
+    seqlens = sorted({row["seqlen"] for row in rows})
     versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+    derived = any(row.get("derived") for row in rows)
     lines = [
-        f"Forward on {gpu}, {dtype}, 16,384 tokens, heads × head_dim = 2,048: TFLOP/s, ours / best peer. Kernels "
-        f"`{entry['kernel_id']}`, {entry['date']}; {versions}; in the same run a matrix product reached "
-        f"{entry['roofs']['matmul_tflops']:.0f} TFLOP/s and a copy {entry['roofs']['copy_gbs']:.0f} GB/s.",
+        f"{TITLES[work].capitalize()} on {gpu}, {kind}, 16,384 tokens, heads × head_dim = 2,048: TFLOP/s, ours / best "
+        f"peer. Kernels `{entry['kernel_id']}`, {entry['date']}; {versions}; in the same run a matrix product reached "
+        f"{entry['roofs']['matmul_tflops']:.0f} TFLOP/s and a copy {entry['roofs']['copy_gbs']:.0f} GB/s."
+        + (FA3_IS_DERIVED if derived else ""),
         "",
-        "| | " + " | ".join(str(seqlen) for seqlen in seqlens) + " | geometric mean of the ratio | worst |",
-        "|---" * (len(seqlens) + 3) + "|",
+        f"| | {' | '.join(map(str, seqlens))} | geometric mean of the ratio | worst |" + " to FA3, derived |" * derived,
+        "|---" * (len(seqlens) + 3 + derived) + "|",
     ]
-    for group in dict.fromkeys(row["group"] for row in entry["rows"]):
-        rows = {row["seqlen"]: row for row in entry["rows"] if row["group"] == group}
-        cells = [_ours_and_best(rows.get(seqlen)) for seqlen in seqlens]
-        found = report.groups(list(rows.values()), lambda row: row["ratio"]).get(group)
+    to_best, to_fa3 = (report.groups(rows, report.RATIOS[name]) for name in (report.TO_BEST, report.TO_FA3))
+    for group in dict.fromkeys(row["group"] for row in rows):
+        of_seqlen = {row["seqlen"]: row for row in rows if row["group"] == group}
+        cells = [_ours_and_best(of_seqlen.get(seqlen)) for seqlen in seqlens]
+        found = to_best.get(group)
         cells += [f"**{found[1]:.2f}**", f"{found[2]['ratio']:.2f}"] if found else ["", ""]
+        if derived:
+            cells.append(f"{to_fa3[group][1]:.2f}" if group in to_fa3 else "")
         lines.append(f"| {group.replace('d ', 'head_dim ', 1)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _step_table(gpu: str, entries: dict[str, dict]) -> str:
+    _check_current(gpu, "step", entries)
+    lines = [
+        f"| training step on {gpu}, tokens/s | tilewright | scaled_dot_product_attention | ratio |\n|---|---|---|---|"
+    ]
+    for name, entry in entries.items():
+        kind = ", ".join(name.split("-")[1:])
+        for row in entry["rows"]:
+            ours, torchs = (f"{row['tokens_per_s'][name]:,}" for name in ("tilewright", "torch"))
+            lines.append(
+                f"| {row['model']}, {kind}, kernels `{entry['kernel_id']}` | {ours} | {torchs} | {row['ratio']} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -144,12 +190,12 @@ def _ours_and_best(row: dict | None) -> str:
 
 
 def _set_lines(name: str, entry: dict) -> list[str]:
-    if name.startswith(("standard-", "host-", "accuracy-")):
+    in_tables_of_their_own = ("standard-", "host-", "accuracy-")
+    if name.startswith(in_tables_of_their_own) and not name.endswith("-deterministic"):
         return []
     lines = []
     title = name.replace("-", ", ")
-    values = {"to the best peer": lambda row: row["ratio"], "packed to unpacked": report.unpacked_ratio}
-    for what, value in values.items():
+    for what, value in report.RATIOS.items():
         rows = [row for row in entry["rows"] if value(row) is not None]
         if rows:
             mean, worst = report.geometric_mean([value(row) for row in rows]), min(rows, key=value)

@@ -21,11 +21,12 @@ PLAIN = Problem(((64, 64),), 2, 2, 64, 64, causal=True)
 PACKED = Problem(((64, 64),), 2, 2, 64, 64, causal=True, packed=True)
 
 
-def run(args, name: str, dtype: torch.dtype, found: dict[str, peers.Adapter], timer) -> dict:
+def run(args, name: str, dtype: torch.dtype, adapters: dict[str, peers.Adapter], timer) -> dict:
     """Times each way of calling; returns the entry to save."""
     print(f"\n{name}: one eager call, {CALLS} in a burst, median of {BURSTS} bursts\n{'call':<48}{'us':>8}{'+grad':>8}")
     rows = []
-    for label, problem, adapter in [*_our_calls(args.library), *((n, PLAIN, peer) for n, peer in found.items())]:
+    others = ((name, PLAIN, peer) for name, peer in adapters.items() if name != "ours")
+    for label, problem, adapter in [*_our_calls(args.library), *others]:
         times = {}
         for grad in (False, True):
             x = make_inputs(problem, dtype, args.device)

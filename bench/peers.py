@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,14 +27,31 @@ class Unsupported(Exception):
 
 @dataclass
 class Version:
-    """``call()``, inside ``context()``, returns out: (batch, seqlen, heads, head_dim_v), packed without the batch."""
+    """``call()``, inside ``context()``, returns out: (batch, seqlen, heads, head_dim_v), packed without the batch; of
+    a backward (of_work) the gradients of q, k and v.
+    """
 
     name: str
-    call: Callable[[], torch.Tensor]
+    call: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
     context: Callable[[], AbstractContextManager] = nullcontext
 
 
 Adapter = Callable[[Problem, Inputs], Version]
+
+
+def of_work(version: Version, x: Inputs, work: str) -> Version:
+    """From a version of the forward that of its backward, or of both together ("training").
+
+    Everyone's backward goes through torch.autograd.grad: of one graph that is built here, or of a new one each time.
+    """
+    if work == "forward":
+        return version
+    inputs = (x.q, x.k, x.v)
+    if work == "training":
+        return replace(version, call=lambda: torch.autograd.grad(version.call(), inputs, x.dout))
+    with version.context():
+        out = version.call()
+    return replace(version, call=lambda: torch.autograd.grad(out, inputs, x.dout, retain_graph=True))
 
 
 def load_tilewright(library: str | None) -> tuple[str, str | None]:
@@ -50,7 +68,7 @@ def load_tilewright(library: str | None) -> tuple[str, str | None]:
     return f"tilewright {tilewright.__version__}", tilewright.build_info()["kernel_id"]
 
 
-def ours(problem: Problem, x: Inputs) -> Version:
+def ours(problem: Problem, x: Inputs, deterministic: bool = False) -> Version:
     """The operators themselves: torch.ops.tilewright."""
     left, right = problem.window or (None, None)
     options = {
@@ -59,6 +77,7 @@ def ours(problem: Problem, x: Inputs) -> Version:
         "window_right": right,
         "softcap": problem.softcap,
         "sink_tokens": problem.sink_tokens,
+        "deterministic": deterministic,
     }
     ops = torch.ops.tilewright
     if problem.packed:
@@ -75,6 +94,41 @@ def unpacked(problem: Problem, x: Inputs) -> Version:
     views = (tensor.unflatten(0, (batch, -1)) for tensor in (x.q, x.k, x.v))
     plain = ours(replace(problem, packed=False), Inputs(*views))
     return Version("unpacked", lambda: plain.call().flatten(0, 1))
+
+
+@contextmanager
+def _deterministic_torch() -> Iterator[None]:
+    """FlashAttention 2 in torch then has a deterministic backward. Memory is not filled, which only slows it down."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def deterministic(name: str, adapter: Adapter) -> Adapter:
+    """The same with the same bits every run in its backward; cuDNN has no such thing."""
+    if name == "ours":
+        return partial(ours, deterministic=True)
+    if name == "fa4":
+        return partial(fa4, deterministic=True)
+
+    def adapt(problem: Problem, x: Inputs) -> Version:
+        if name == "cudnn":
+            raise Unsupported
+        version = adapter(problem, x)
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            with _deterministic_torch(), version.context():
+                yield
+
+        return replace(version, context=context)
+
+    return adapt
 
 
 def _sdpa(problem: Problem, x: Inputs, name: str, backend: SDPBackend | None) -> Version:
@@ -115,7 +169,7 @@ def fa2(problem: Problem, x: Inputs) -> Version:
 
 
 def fa3(problem: Problem, x: Inputs) -> Version:
-    """FlashAttention 3, from the wheel fa3-fwd, which is built without windows and without fp16."""
+    """FlashAttention 3, from the wheel fa3-fwd: no backward, no windows, no fp16 in it. See fa3_backward.py."""
     fa = _fa3_module()
     if problem.window or problem.sink_tokens or x.q.dtype != torch.bfloat16:
         raise Unsupported
@@ -126,12 +180,14 @@ def fa3(problem: Problem, x: Inputs) -> Version:
     return Version("fa3", lambda: _first(fa.flash_attn_func(x.q, x.k, x.v, **options)))
 
 
-def fa4(problem: Problem, x: Inputs) -> Version:
+def fa4(problem: Problem, x: Inputs, deterministic: bool = False) -> Version:
     """FlashAttention 4 (flash_attn.cute), which compiles a kernel at its first call."""
     fa = importlib.import_module("flash_attn.cute")
     if problem.sink_tokens:
         raise Unsupported
     options = {"causal": problem.causal, "softcap": problem.softcap}
+    if deterministic:
+        options["deterministic"] = True
     if problem.window is not None:
         options |= {"causal": False, "window_size": problem.bounds()}
     if problem.packed:
@@ -146,6 +202,8 @@ def fa4(problem: Problem, x: Inputs) -> Version:
 
 
 PEERS: dict[str, Adapter] = {"cudnn": cudnn, "fa2": fa2, "fa3": fa3, "fa4": fa4, "torch": torch_cpu}
+# Columns that are ours on other terms, and so no peers.
+OURS_TOO = ("unpacked", "any order")
 PACKAGES = {"fa3": "fa3-fwd", "fa4": "flash-attn-4"}
 
 

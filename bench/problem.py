@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+# What is timed of a problem, and its matrix products against the forward's two: the backward has five (S and dP again,
+# dV, dK, dQ); training is both.
+WORK = {"forward": 1.0, "backward": 2.5, "training": 3.5}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -76,16 +80,19 @@ class Problem:
             total += repeats * int(((end - begin).clamp(min=0) + sinks).sum())
         return total
 
-    def flops(self) -> int:
-        """Two products, each two operations a visible score and element of the head dimension."""
-        return 2 * self.heads_q * self.visible() * (self.head_dim + self.head_dim_v)
+    def flops(self, work: str = "forward") -> float:
+        """Two products in the forward, each two operations a visible score and element of the head dimension."""
+        return WORK[work] * 2 * self.heads_q * self.visible() * (self.head_dim + self.head_dim_v)
 
-    def bytes(self, element_size: int = 2) -> int:
-        """Each input read once, out and lse written once."""
+    def bytes(self, element_size: int = 2, work: str = "forward") -> int:
+        """Each input read once, each result written once; the backward also reads out, dout and lse."""
         rows_q = sum(length[0] for length in self.lengths)
         rows_k = sum(length[1] for length in self.lengths)
-        elements = (rows_q * self.heads_q + rows_k * self.heads_kv) * (self.head_dim + self.head_dim_v)
-        return elements * element_size + 4 * rows_q * self.heads_q
+        inputs = rows_q * self.heads_q * self.head_dim + rows_k * self.heads_kv * (self.head_dim + self.head_dim_v)
+        out, lse = rows_q * self.heads_q * self.head_dim_v * element_size, 4 * rows_q * self.heads_q
+        forward = inputs * element_size + out + lse
+        backward = 2 * inputs * element_size + 2 * out + lse
+        return {"forward": forward, "backward": backward, "training": forward + backward}[work]
 
 
 @dataclass
@@ -99,10 +106,13 @@ class Inputs:
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    dout: torch.Tensor | None = None
 
 
-def make_inputs(problem: Problem, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Normal random tensors for ``problem``; the same seed gives the same tensors."""
+def make_inputs(problem: Problem, dtype: torch.dtype, device: str, seed: int = 0, gradients: bool = False) -> Inputs:
+    """Normal random tensors for ``problem``; the same seed gives the same tensors. With ``gradients`` q, k and v ask
+    for theirs, and there is a dout.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     lengths_q = [length[0] for length in problem.lengths]
     lengths_k = [length[1] for length in problem.lengths]
@@ -126,6 +136,10 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: str, seed: int = 0
     )
     if problem.packed:
         inputs.cu_seqlens_q, inputs.cu_seqlens_k = offsets(lengths_q), offsets(lengths_k)
+    if gradients:
+        inputs.dout = normal(*rows_q, problem.heads_q, problem.head_dim_v)
+        for tensor in (inputs.q, inputs.k, inputs.v):
+            tensor.requires_grad_()
     return inputs
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -25,6 +26,14 @@ def kernel_id(csrc: Path = ROOT / "csrc") -> str:
         digest = hashlib.sha256((csrc / os.fsdecode(name)).read_bytes()).hexdigest()
         listing.update(digest.encode() + b"  " + name + b"\n")
     return listing.hexdigest()[:16]
+
+
+def check_kernels(built: str | None, saved: bool) -> None:
+    """Complains when the package was built from other kernels than the tree's (None: it does not know)."""
+    if built not in (None, kernel_id()):
+        print(f"bench: the installed package was built from other kernels, {built}", file=sys.stderr)
+        if saved:
+            sys.exit("bench: results are saved for the kernels of this tree only; install it again")
 
 
 def device_name(device: str) -> str:

@@ -1,4 +1,4 @@
-"""The shape sets of ``python -m bench forward``."""
+"""The shape sets of ``python -m bench forward | backward | training``."""
 
 from __future__ import annotations
 
@@ -111,14 +111,17 @@ SETS = {
     "llm": llm,
     "accuracy": accuracy,
 }
-TABLES = (*SETS, "host")
+# What there is for each work.
+TABLES = {"forward": (*SETS, "host"), "backward": tuple(SETS), "training": tuple(SETS)[:-1]}
 
 
-def chosen(name: str, device: str, quick: bool, only: str) -> list[Problem]:
+def chosen(name: str, device: str, quick: bool, only: str, work: str) -> list[Problem]:
     """The rows of a set whose mask and shape hold every phrase of ``only`` ("causal, d 128"). ``quick`` takes every few
     rows, to see that everything runs; on a CPU it also shortens them.
     """
     problems = SETS[name]()
+    if name == "short" and work != "forward":  # up to 1,024: beyond it the backward fills the card
+        problems = [problem for problem in problems if problem.lengths[0][0] <= 1024]
     if quick:
         problems = problems[:: max(1, len(problems) // 6)]
         if device == "cpu":

@@ -3,7 +3,8 @@
 Two ways on a GPU, chosen for all versions of a row at once by the fastest of them:
 
 - a call of 50 us and more: the L2 is flushed by writing 256 MB (not timed), then one call between two events. A short
-  sleep on the device at the start of each round lets the host run ahead, so that no host time is measured.
+  sleep on the device at the start of each round lets the host run ahead, so that no host time is measured: neither of a
+  launch nor of autograd, through which every backward goes.
 - a shorter call: a CUDA graph of 12 calls over 4 sets of inputs in turn, between two events, divided by 12. The L2 is
   not flushed between them: what fits stays there, as it would after the projection that has just written q, k and v.
 """
@@ -26,12 +27,16 @@ GRAPH_BELOW_S = 50e-6
 GRAPH_CALLS = 12
 INPUT_SETS = 4
 FLUSH_BYTES = 256 << 20
-SLEEP_CYCLES = 600_000  # about 0.3 ms: longer than the host needs to enqueue a round
+# About 0.3 and 1.5 ms: longer than the host needs to enqueue a round, by itself or through autograd.
+SLEEP_CYCLES = 600_000
+SLEEP_CYCLES_THROUGH_AUTOGRAD = 3_000_000
 
 
 @dataclass
 class Timing:
-    """Seconds a call by name (None: it failed), how they were taken, and the SM clock seen meanwhile."""
+    """Seconds a call by name (None: it failed), how they were taken, and the SM clock seen meanwhile, which is sampled
+    by the driver and above what the kernels really run at: an upper bound.
+    """
 
     seconds: dict[str, float | None] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -46,8 +51,9 @@ MakeVersion = Callable[[int], Version]  # from the index of an input set
 class Timer:
     """Times several versions of the same work on one device."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, through_autograd: bool = False):
         self.cuda = device != "cpu"
+        self.sleep_cycles = SLEEP_CYCLES_THROUGH_AUTOGRAD if through_autograd else SLEEP_CYCLES
         self.clock = SmClock() if self.cuda else None
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
 
@@ -69,8 +75,7 @@ class Timer:
             timing.method = f"CUDA graph of {GRAPH_CALLS} calls, {INPUT_SETS} input sets, L2 not flushed"
             graphs = {}
             for name in first:
-                copies = [first[name], *(versions[name](index) for index in range(1, INPUT_SETS))]
-                graph = self._try(timing, name, lambda copies=copies: _capture(copies))
+                graph = self._try(timing, name, lambda make=versions[name]: _capture(make))
                 if graph is not None:
                     graphs[name] = self._replay_timed(graph)
             costs = {name: GRAPH_CALLS * estimates[name] for name in graphs}
@@ -90,7 +95,7 @@ class Timer:
         with self.clock.sampling() if self.clock else _nothing() as clock:
             for turn in range(timing.rounds):
                 if self.cuda:
-                    torch.cuda._sleep(SLEEP_CYCLES)
+                    torch.cuda._sleep(self.sleep_cycles)
                 # Reversed in every second round, so that each version runs after each neighbour equally often.
                 for name in names if turn % 2 == 0 else reversed(names):
                     samples[name].append(timed[name]())
@@ -122,7 +127,7 @@ class Timer:
         samples = []
         for _ in range(3 if self.cuda else 1):
             if self.cuda:
-                torch.cuda._sleep(SLEEP_CYCLES)
+                torch.cuda._sleep(self.sleep_cycles)
             samples.append(run())
         if self.cuda:
             torch.cuda.synchronize()
@@ -188,11 +193,17 @@ def _host_timed(version: Version) -> Callable[[], Callable[[], float]]:
     return run
 
 
-def _capture(versions: list[Version]) -> torch.cuda.CUDAGraph:
+def _capture(make: MakeVersion) -> torch.cuda.CUDAGraph:
     # Not torch.cuda.graph(): it collects garbage and empties the cache each time, which costs more than the timing.
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
+        # Made here, because a backward runs on the stream that its forward ran on.
+        versions = [make(index) for index in range(INPUT_SETS)]
+        for version in versions:
+            with version.context():
+                version.call()
+        torch.cuda.synchronize()
         graph.capture_begin()
         try:
             for index in range(GRAPH_CALLS):

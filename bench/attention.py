@@ -1,4 +1,7 @@
-"""``python -m bench forward``: one row a shape, ours beside the peers."""
+"""``python -m bench forward | backward | training``: one row a shape, ours beside the peers.
+
+``training`` is the forward and the backward together, from the call to the gradients.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import accuracy, host, peers, report, results, shapes
+from bench import accuracy, fa3_backward, host, peers, report, results, shapes
 from bench.problem import Inputs, Problem, make_inputs
 from bench.timing import MakeVersion, Timer, Timing
 
@@ -16,13 +19,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SECONDS_A_ROW = {"short": 0.2}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the forward bench."""
-    parser.add_argument("--set", default="standard", help=f"one or more of {','.join(shapes.TABLES)}; or all")
+def add_arguments(parser: argparse.ArgumentParser, work: str) -> None:
+    """The options of the bench of ``work``."""
+    parser.add_argument("--set", default="standard", help=f"one or more of {','.join(shapes.TABLES[work])}; or all")
     parser.add_argument("--dtype", default="bf16", help="one or more of bf16,fp16,fp32 (fp32: CPU only)")
     parser.add_argument("--peers", default=None, help="one or more of cudnn,fa2,fa3,fa4,torch; or none")
     parser.add_argument("--only", default="", help="phrases that a row must hold, as 'causal, d 128, s 4096'")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    if work != "forward":
+        parser.add_argument("--deterministic", action="store_true", help="the same bits every run, ours and the peers'")
     parser.add_argument("--library", help="a libtilewright_ops.so to load instead of the installed package")
     parser.add_argument("--quick", action="store_true", help="a few rows, briefly; never saved")
     parser.add_argument(
@@ -31,59 +36,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the chosen sets; 1 if ours failed on any row."""
-    names = list(shapes.TABLES) if args.set == "all" else args.set.split(",")
-    unknown = [name for name in names if name not in shapes.TABLES]
+    """Runs the chosen sets of ``args.command``; 1 if ours failed on any row."""
+    work, tables = args.command, shapes.TABLES[args.command]
+    deterministic = work != "forward" and args.deterministic
+    names = list(tables) if args.set == "all" else args.set.split(",")
+    unknown = [name for name in names if name not in tables]
     if unknown:
-        sys.exit(f"bench: no set {', '.join(unknown)}; there are {', '.join(shapes.TABLES)}")
+        sys.exit(f"bench: no set {', '.join(unknown)}; there are {', '.join(tables)}")
     if args.save and (args.quick or args.only):
         sys.exit("bench: a part of a set is not saved; leave out --save, or --quick and --only")
-    default = "torch" if args.device == "cpu" else "cudnn,fa2,fa3,fa4"
+    default = "torch" if args.device == "cpu" else "cudnn,fa2,fa3,fa4" if work == "forward" else "cudnn,fa2,fa4"
     wanted = [name for name in (args.peers or default).split(",") if name != "none"]
     loaded, built = peers.load_tilewright(args.library)
-    if built not in (None, results.kernel_id()):
-        print(f"bench: the installed package was built from other kernels, {built}", file=sys.stderr)
-        if args.save:
-            sys.exit("bench: results are saved for the kernels of this tree only; install it again")
+    results.check_kernels(built, bool(args.save))
     found, missing = peers.available(wanted)
-    print(f"tilewright forward on {results.device_name(args.device)}, kernels {results.kernel_id()} ({loaded})")
+    print(f"tilewright {work} on {results.device_name(args.device)}, kernels {results.kernel_id()} ({loaded})")
     print(f"peers: {', '.join(f'{name} {peers.peer_version(name)}' for name in found) or 'none'}")
     for name, why in missing.items():
         print(f"  {name} is not there: {why[:200]}")
 
-    timer = Timer(args.device)
+    adapters = {"ours": peers.ours, **found}
+    if deterministic:
+        adapters = {name: peers.deterministic(name, adapter) for name, adapter in adapters.items()}
+        adapters["any order"] = peers.ours  # its dq is summed as the blocks come
+    timer = Timer(args.device, through_autograd=work != "forward")
     failed = False
     for dtype in args.dtype.split(","):
         for name in names:
             run = {"accuracy": accuracy.run, "host": host.run}.get(name, run_set)
-            entry = run(args, name, DTYPES[dtype], found, timer)
+            entry = run(args, name, DTYPES[dtype], adapters, timer)
             failed |= any(row["tflops"] is None for row in entry["rows"] if "tflops" in row)
             if args.save:
                 entry["versions"] = results.versions(args.device, {n: peers.peer_version(n) for n in found})
-                path = results.save(args.save, args.device, "forward", f"{name}-{dtype}", entry)
+                label = f"{name}-{dtype}" + ("-deterministic" if deterministic else "")
+                path = results.save(args.save, args.device, work, label, entry)
                 print(f"saved to {path}")
     return int(failed)
 
 
-@torch.no_grad()
 def run_set(
-    args: argparse.Namespace, name: str, dtype: torch.dtype, found: dict[str, peers.Adapter], timer: Timer
+    args: argparse.Namespace, name: str, dtype: torch.dtype, adapters: dict[str, peers.Adapter], timer: Timer
 ) -> dict:
     """Times one set; prints a row as it is ready; returns the entry to save."""
+    work = args.command
     roofs = timer.roofs(dtype)
-    adapters = {"ours": peers.ours, **found}
     if name == "varlen":
-        adapters["unpacked"] = peers.unpacked
+        adapters = {**adapters, "unpacked": peers.unpacked}
     print(
         f"\n{name}, {str(dtype).removeprefix('torch.')}; roofs in this run: matrix product "
         f"{report.number(roofs['matmul_tflops'])} TFLOP/s, copy {report.number(roofs['copy_gbs'])} GB/s"
     )
-    table = report.Table([other for other in adapters if other != "ours"])
+    derived = ["fa3"] if work == "backward" and name == "standard" and "cudnn" in adapters else []
+    table = report.Table([other for other in adapters if other != "ours"], derived)
+    standard = shapes.standard()
     rows = []
     seconds = 0.05 if args.quick else SECONDS_A_ROW.get(name, 0.5)
-    for problem in shapes.chosen(name, args.device, args.quick, args.only):
-        timing = timer.measure(_versions(problem, dtype, args.device, adapters), seconds)
-        rows.append(_row(problem, dtype, timing, roofs))
+    for problem in shapes.chosen(name, args.device, args.quick, args.only, work):
+        with torch.set_grad_enabled(work != "forward"):
+            timing = timer.measure(_versions(problem, dtype, args.device, adapters, work), seconds)
+        rows.append(_row(problem, dtype, timing, roofs, work))
+        fa3_to_cudnn = fa3_backward.ratio_to_cudnn(problem, standard) if derived else None
+        if fa3_to_cudnn and rows[-1]["peers"].get("cudnn"):
+            rows[-1]["derived"] = {"fa3": float(f"{fa3_to_cudnn * rows[-1]['peers']['cudnn']:.4g}")}
         table.print(rows[-1])
     report.print_summary(rows)
     report.print_errors(rows)
@@ -91,13 +105,13 @@ def run_set(
 
 
 def _versions(
-    problem: Problem, dtype: torch.dtype, device: str, adapters: dict[str, peers.Adapter]
+    problem: Problem, dtype: torch.dtype, device: str, adapters: dict[str, peers.Adapter], work: str
 ) -> dict[str, MakeVersion]:
     sets: dict[int, Inputs] = {}
 
     def inputs(index: int) -> Inputs:
         if index not in sets:
-            sets[index] = make_inputs(problem, dtype, device, seed=index)
+            sets[index] = make_inputs(problem, dtype, device, seed=index, gradients=work != "forward")
         return sets[index]
 
     versions = {}
@@ -106,20 +120,21 @@ def _versions(
             adapter(problem, inputs(0))
         except peers.Unsupported:
             continue
-        versions[name] = lambda index, adapter=adapter: adapter(problem, inputs(index))
+        versions[name] = lambda index, adapter=adapter: peers.of_work(
+            adapter(problem, inputs(index)), inputs(index), work
+        )
     return versions
 
 
-def _row(problem: Problem, dtype: torch.dtype, timing: Timing, roofs: dict[str, float]) -> dict:
-    flops, size = problem.flops(), problem.bytes(dtype.itemsize)
+def _row(problem: Problem, dtype: torch.dtype, timing: Timing, roofs: dict[str, float], work: str) -> dict:
+    flops, size = problem.flops(work), problem.bytes(dtype.itemsize, work)
     seconds = timing.seconds.get("ours")
 
     def tflops(value: float | None) -> float | None:
         return None if value is None else float(f"{flops / value / 1e12:.4g}")
 
     others = {name: value for name, value in timing.seconds.items() if name != "ours"}
-    # "unpacked" is ours on other tensors: shown, but no peer.
-    best = min((value for name, value in others.items() if value and name != "unpacked"), default=None)
+    best = min((value for name, value in others.items() if value and name not in peers.OURS_TOO), default=None)
     floor = max(flops / roofs["matmul_tflops"] / 1e12, size / roofs["copy_gbs"] / 1e9)
     row = {
         "group": problem.group,
