@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import report, results
+from bench.peers import OURS_TOO
 from bench.problem import WORK
 
 BEGIN, END = "<!-- bench table: begin -->", "<!-- bench table: end -->"
@@ -47,11 +48,11 @@ def plot(args: argparse.Namespace) -> int:
     matplotlib.rcParams.update({"svg.hashsalt": "tilewright", "svg.fonttype": "none"})
     drawn = 0
     for work, gpu, entries in _recorded(args.results):
-        for name in (name for name in entries if name.startswith("standard-")):
-            kind = name.removeprefix("standard-")
-            path = args.output / f"{work}-{gpu}-{kind}.svg"
+        for name in filter(_is_standard, entries):
+            dtype = name.removeprefix("standard-")
+            path = args.output / f"{work}-{gpu}-{dtype}.svg"
             args.output.mkdir(parents=True, exist_ok=True)
-            _draw_standard(entries[name], f"{TITLES[work]}, {gpu}, {kind.replace('-', ', ')}", path)
+            _draw_standard(entries[name], f"{TITLES[work]}, {gpu}, {dtype}", path)
             print(f"drew {path}")
             drawn += 1
     if not drawn:
@@ -94,7 +95,7 @@ def _draw_standard(entry: dict, title: str, path: Path) -> None:
         row[0].set_ylabel("TFLOP/s")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
-    figure.suptitle(f"attention, {title} (kernels {entry['kernel_id']}, {entry['date']})", fontsize=11)
+    figure.suptitle(f"attention {title} (kernels {entry['kernel_id']}, {entry['date']})", fontsize=11)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -116,6 +117,11 @@ def table(args: argparse.Namespace) -> int:
     return 0
 
 
+def _is_standard(name: str) -> bool:
+    """Whether an entry is drawn and has a table of its own. What is asked to be deterministic is summed up in a line."""
+    return name.startswith("standard-") and not name.endswith("-deterministic")
+
+
 def _check_current(gpu: str, work: str, entries: dict[str, dict]) -> None:
     current = results.kernel_id()
     for name, entry in entries.items():
@@ -127,8 +133,8 @@ def _tables(work: str, gpu: str, entries: dict[str, dict]) -> str:
     _check_current(gpu, work, entries)
     parts = []
     for name, entry in entries.items():
-        if name.startswith("standard-"):
-            parts.append(_standard_table(work, gpu, name.removeprefix("standard-").replace("-", ", "), entry))
+        if _is_standard(name):
+            parts.append(_standard_table(work, gpu, name.removeprefix("standard-"), entry))
     of_what = "" if work == "forward" else f" of the {TITLES[work]}"
     for title, build in (
         (f"| set{of_what} | rows | geometric mean | worst row |\n|---|---|---|---|", _set_lines),
@@ -141,13 +147,13 @@ def _tables(work: str, gpu: str, entries: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def _standard_table(work: str, gpu: str, kind: str, entry: dict) -> str:
+def _standard_table(work: str, gpu: str, dtype: str, entry: dict) -> str:
     rows = entry["rows"]
     seqlens = sorted({row["seqlen"] for row in rows})
     versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
     derived = any(row.get("derived") for row in rows)
     lines = [
-        f"{TITLES[work].capitalize()} on {gpu}, {kind}, 16,384 tokens, heads × head_dim = 2,048: TFLOP/s, ours / best "
+        f"{TITLES[work].capitalize()} on {gpu}, {dtype}, 16,384 tokens, heads × head_dim = 2,048: TFLOP/s, ours / best "
         f"peer. Kernels `{entry['kernel_id']}`, {entry['date']}; {versions}; in the same run a matrix product reached "
         f"{entry['roofs']['matmul_tflops']:.0f} TFLOP/s and a copy {entry['roofs']['copy_gbs']:.0f} GB/s."
         + (FA3_IS_DERIVED if derived else ""),
@@ -185,13 +191,12 @@ def _step_table(gpu: str, entries: dict[str, dict]) -> str:
 def _ours_and_best(row: dict | None) -> str:
     if row is None or row["tflops"] is None:
         return ""
-    best = max(((value, name) for name, value in row["peers"].items() if value), default=None)
+    best = max(((value, name) for name, value in row["peers"].items() if value and name not in OURS_TOO), default=None)
     return f"{row['tflops']:.0f}" + (f" / {best[0]:.0f} {best[1]}" if best else "")
 
 
 def _set_lines(name: str, entry: dict) -> list[str]:
-    in_tables_of_their_own = ("standard-", "host-", "accuracy-")
-    if name.startswith(in_tables_of_their_own) and not name.endswith("-deterministic"):
+    if _is_standard(name) or name.startswith(("host-", "accuracy-")):
         return []
     lines = []
     title = name.replace("-", ", ")
@@ -216,7 +221,8 @@ def _accuracy_lines(name: str, entry: dict) -> list[str]:
         return []
     lines = []
     for row in entry["rows"]:
-        best = min(((error, peer) for peer, error in row["error"].items() if peer != "ours"), default=None)
+        others = ((error, peer) for peer, error in row["error"].items() if peer not in ("ours", *OURS_TOO))
+        best = min(others, default=None)
         peer = f"{best[0]:.2e} {best[1]}" if best else ""
         ours = _or_blank(row["error"].get("ours"), ".2e")
         lines.append(f"| {name.removeprefix('accuracy-')}, {row['mask']}, {row['shape']} | {ours} | {peer} |")
