@@ -26,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser, work: str) -> None:
     parser.add_argument("--peers", default=None, help="one or more of cudnn,fa2,fa3,fa4,torch; or none")
     parser.add_argument("--only", default="", help="phrases that a row must hold, as 'causal, d 128, s 4096'")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    if work != "forward":
+    if work == "forward":
+        parser.add_argument("--library", help="a libtilewright_ops.so to load instead of the installed package")
+    else:  # autograd is the package's
+        parser.set_defaults(library=None)
         parser.add_argument("--deterministic", action="store_true", help="the same bits every run, ours and the peers'")
-    parser.add_argument("--library", help="a libtilewright_ops.so to load instead of the installed package")
     parser.add_argument("--quick", action="store_true", help="a few rows, briefly; never saved")
     parser.add_argument(
         "--save", nargs="?", type=Path, const=results.RESULTS, help="record the results (in bench/results)"

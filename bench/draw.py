@@ -118,7 +118,7 @@ def table(args: argparse.Namespace) -> int:
 
 
 def _is_standard(name: str) -> bool:
-    """Whether an entry is drawn and has a table of its own. What is asked to be deterministic is summed up in a line."""
+    """Whether an entry is drawn and has a table of its own; a deterministic one is summed up in a line."""
     return name.startswith("standard-") and not name.endswith("-deterministic")
 
 

@@ -100,7 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser, _: str) -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--compile", action="store_true", help="the models by torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--library", help="a libtilewright_ops.so to load instead of the installed package")
     parser.add_argument("--quick", action="store_true", help="a tiny model, briefly; never saved")
     parser.add_argument("--save", nargs="?", type=Path, const=results.RESULTS, help="record (in bench/results)")
 
@@ -109,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     """Times the chosen models."""
     if args.save and args.quick:
         sys.exit("bench: a quick run is not saved")
-    loaded, built = peers.load_tilewright(args.library)
+    loaded, built = peers.load_tilewright(None)
     results.check_kernels(built, bool(args.save))
     print(f"tilewright training step on {results.device_name(args.device)}, kernels {results.kernel_id()} ({loaded})")
     print(f"{'model':<44}{'attention':<14}{'ms a step':>10}{'tokens/s':>12}{'ratio':>8}")

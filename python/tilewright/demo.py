@@ -35,21 +35,6 @@ def tilewright_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return tilewright.attention(q, k, v, causal=True)
 
 
-class KernelForwardTorchBackward(torch.autograd.Function):
-    """The CUDA kernels' forward with PyTorch's backward, as long as there is no backward of ours on CUDA."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        return tilewright_attention(q, k, v)
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-            return torch.autograd.grad(torch_attention(*inputs), inputs, dout)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (Su et al., RoFormer, 2021): pairs of elements turn with the position."""
     a, b = x.chunk(2, dim=-1)
@@ -118,10 +103,10 @@ def draw(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return text[starts + torch.arange(CONTEXT + 1, device=text.device)].long()
 
 
-def compare(model: GPT, batch: Tensor, attention: Attention) -> bool:
-    """Prints loss and gradients with ``attention`` beside PyTorch's; true if they agree to rounding."""
+def compare(model: GPT, batch: Tensor) -> bool:
+    """Prints loss and gradients with this package's attention beside PyTorch's; true if they agree to rounding."""
     losses, gradients = [], []
-    for function in (attention, torch_attention):
+    for function in (tilewright_attention, torch_attention):
         loss = loss_of(model.use(function), batch)
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
         losses.append(loss.item())
@@ -130,7 +115,7 @@ def compare(model: GPT, batch: Tensor, attention: Attention) -> bool:
     agree = error <= allowed and abs(losses[0] - losses[1]) <= allowed * losses[1]
     print(f"loss           tilewright {losses[0]:.6f}   torch {losses[1]:.6f}")
     print(f"gradients      largest relative difference {error:.1e}: {'they agree' if agree else 'THEY DIFFER'}")
-    model.use(attention)
+    model.use(tilewright_attention)
     return agree
 
 
@@ -197,15 +182,12 @@ def main() -> int:
     corpus = "\n\n".join(topics.topics[key] for key in sorted(topics.topics)).encode()
     text = torch.frombuffer(bytearray(corpus), dtype=torch.uint8).to(args.device)
     cut = len(text) * 19 // 20
-    attention = KernelForwardTorchBackward.apply if cuda else tilewright_attention
-    model = GPT(attention).to(args.device)
+    model = GPT(tilewright_attention).to(args.device)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"tilewright {tilewright.__version__} on {torch.cuda.get_device_name() if cuda else 'the CPU'}")
     print(f"model          {size:,} parameters, {LAYERS} layers, {HEADS} heads of {DIM // HEADS}, context {CONTEXT}")
     print(f"text           {len(text):,} bytes of Python's documentation, the last {len(text) - cut:,} held out")
-    if cuda:
-        print("attention      forward: tilewright's kernels; backward: PyTorch's, until tilewright has one on CUDA")
-    if not compare(model, draw(text[:cut], args.batch, generator), attention):
+    if not compare(model, draw(text[:cut], args.batch, generator)):
         return 1
 
     train(model, text[:cut], args, generator)
