@@ -21,7 +21,7 @@ import tilewright
 
 # What is trained: bytes in, the next byte out. A document is cut where it is longer than the context.
 SIZES = {
-    "cpu": {"dim": 128, "heads": 4, "layers": 4, "context": 256, "tokens": 1024, "steps": 400},
+    "cpu": {"dim": 128, "heads": 4, "layers": 4, "context": 256, "tokens": 1024, "steps": 300},
     "cuda": {"dim": 512, "heads": 8, "layers": 8, "context": 2048, "tokens": 32768, "steps": 1000},
 }
 

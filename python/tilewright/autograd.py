@@ -1,7 +1,9 @@
 """The gradient of attention: torch.autograd.Functions, and the same code registered for torch.ops.tilewright.
 
 Both end in one operator, ``attention_backward`` or ``attention_varlen_backward``, which computes the scores again from
-q, k and the saved lse (Dao et al., FlashAttention, 2022, section 3.1) and differentiates through out and through lse.
+q, k and the saved lse (Dao et al., FlashAttention, 2022, section 3.1) and differentiates through out and through lse:
+with delta = rowsum(dout ∘ out) - dlse the gradient of a score is P (dout vᵀ - delta). On CUDA `deterministic` fixes the
+order in which dq is summed. docs/backward.md has the algorithm and its memory.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Attention(torch.autograd.Function):
             deterministic); what is left out has its default.
 
     Returns:
-        out and lse, as from :func:`tilewright.attention`.
+        out and lse, as from :func:`tilewright.attention`; the gradients of q, k, v and sinks that are asked for.
 
     Autocast does not reach inside. Shapes, dtypes and errors are those of :func:`tilewright.attention`.
 

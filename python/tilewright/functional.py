@@ -96,7 +96,8 @@ def attention(
         sinks: (heads_q,), float32 (float64 with float64 q): one logit a head that joins the softmax's denominator and
             has no value. It is not scaled, and counted in lse.
         sink_tokens: the first keys that stay visible on the left of the window.
-        deterministic: the backward has the same bits every run. (The forward always has.)
+        deterministic: the gradients have the same bits every run. (The forward always has them, and on the CPU so has
+            the backward. Otherwise a GPU's blocks add to dq in the order they come in.)
         return_lse: also return the logarithm of the softmax's denominator.
 
     Returns:
@@ -105,16 +106,27 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; the text names it.
-        NotImplementedError: the backward on CUDA, which is not there yet.
+        NotImplementedError, RuntimeError: a derivative that is not there: in forward mode, under torch.func, a second one.
+
+    The gradient exists for every option above, of each of q, k, v and sinks that asks for it, through out and lse both;
+    gradients are contiguous, and those of keys and values are summed over the heads that share them. Kept for it are q,
+    k, v, out, lse and sinks. The backward computes the scores again and needs, beside the gradients, at most a float32
+    copy of dq and two floats a query and head: nothing of size seqlen_q × seqlen_k. It works under autocast,
+    torch.compile, activation checkpointing, and the capture of a CUDA graph.
 
     Example:
-        >>> q = torch.randn(2, 128, 8, 64)
+        >>> q = torch.randn(2, 128, 8, 64, requires_grad=True)
         >>> k, v = torch.randn(2, 128, 2, 64), torch.randn(2, 128, 2, 64)
-        >>> tilewright.attention(q, k, v, causal=True).shape
+        >>> out = tilewright.attention(q, k, v, causal=True)
+        >>> out.shape
+        torch.Size([2, 128, 8, 64])
+        >>> out.sum().backward()
+        >>> q.grad.shape
         torch.Size([2, 128, 8, 64])
 
     The method is FlashAttention (Dao et al., 2022; Shah et al., FlashAttention-3, 2024): tiles with an online softmax
-    (Milakov & Gimelshein, 2018). sinks: Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023, as
+    (Milakov & Gimelshein, 2018). The backward is FlashAttention's (Dao et al., 2022, section 3.1; Dao, 2023), its order
+    by a counter a tile that of Shah et al., 2024. sinks: Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023, as
     learned logits in gpt-oss; softcap: Gemma 2, 2024.
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
@@ -173,7 +185,10 @@ def attention_varlen(
     Raises:
         TypeError, ValueError: as in :func:`attention`. On the CPU also when cu_seqlens decrease, are negative or pass
             the total; on CUDA, where they cannot be looked into, such values are clamped to the tensors.
-        NotImplementedError: the backward on CUDA, which is not there yet.
+        NotImplementedError, RuntimeError: as in :func:`attention`.
+
+    The gradient is that of :func:`attention`, memory too; a sequence's gradients depend on nothing outside it, except
+    that of sinks, which all sequences share.
 
     Example:
         >>> q = k = v = torch.randn(10, 8, 64)  # a sequence of 4 and one of 6
