@@ -106,7 +106,7 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; the text names it.
-        NotImplementedError, RuntimeError: a derivative that is not there: in forward mode, under torch.func, a second one.
+        NotImplementedError, RuntimeError: a derivative that is not there: forward mode, torch.func, a second one.
 
     The gradient exists for every option above, of each of q, k, v and sinks that asks for it, through out and lse both;
     gradients are contiguous, and those of keys and values are summed over the heads that share them. Kept for it are q,
@@ -125,9 +125,9 @@ def attention(
         torch.Size([2, 128, 8, 64])
 
     The method is FlashAttention (Dao et al., 2022; Shah et al., FlashAttention-3, 2024): tiles with an online softmax
-    (Milakov & Gimelshein, 2018). The backward is FlashAttention's (Dao et al., 2022, section 3.1; Dao, 2023), its order
-    by a counter a tile that of Shah et al., 2024. sinks: Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023, as
-    learned logits in gpt-oss; softcap: Gemma 2, 2024.
+    (Milakov & Gimelshein, 2018), and a backward that computes them again (Dao et al., 2022, section 3.1). sinks: Xiao
+    et al., Efficient Streaming Language Models with Attention Sinks, 2023, as learned logits in gpt-oss; softcap:
+    Gemma 2, 2024.
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         _refuse(q=q, k=k, v=v)
