@@ -3,27 +3,41 @@
 torch.ops.tilewright.* works everywhere, but its registered autograd is Python that runs on every call, even where
 nothing needs a gradient. In plain eager mode the public functions go around it, which halves their host time.
 
-What is not public in torch here is what torch's own Python calls in the same place, and saves microseconds.
+What is not public in torch here is what torch's own Python calls in the same place, and saves microseconds. A torch
+without the two names that are there for speed alone takes the public way, always (QUICK).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
-from torch._C import DispatchKey, DispatchKeySet, _AutoDispatchBelowAutograd, _ExcludeDispatchKeyGuard
+from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+try:
+    from torch._C import _AutoDispatchBelowAutograd as below_autograd
+    from torch._C._functorch import unwrap_if_dead
+
+    QUICK = True
+except ImportError:
+    below_autograd, QUICK = nullcontext, False
+
+    def unwrap_if_dead(tensor: Tensor) -> Tensor:
+        """Never called: every call then takes the operator, behind which there are no wrappers."""
+        return tensor
+
+
 _PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
-# Contexts in which an operator runs without its registered autograd; and without autocast, too. (AutogradCPU stands for
-# every device's: what a guard excludes is the functionality.)
-below_autograd = _AutoDispatchBelowAutograd
+# A context in which an operator runs without its registered autograd (as below_autograd) and without autocast, too.
+# (AutogradCPU stands for every device's: what a guard excludes is the functionality.)
 below_autocast = partial(
     _ExcludeDispatchKeyGuard,
     DispatchKeySet(DispatchKey.AutogradCPU)
@@ -50,13 +64,11 @@ def quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
-unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-
-
 def takes_operator(q: Tensor) -> bool:
     """Whether something (a compiler, torch.func, autocast, forward mode) needs to see the operator itself."""
     return (
-        is_compiling()
+        not QUICK
+        or is_compiling()
         or type(q) not in _PLAIN_TENSORS
         or functorch_is_active()
         or (is_autocast_enabled("cuda") if q.is_cuda else not q.is_cpu or is_autocast_enabled("cpu"))

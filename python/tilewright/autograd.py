@@ -21,12 +21,20 @@ _attention = _dispatch.direct(ops.attention.default)
 _attention_varlen = _dispatch.direct(ops.attention_varlen.default)
 
 
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, Tensor], keywords: dict) -> None:
+    """What the backward needs: q, k, v, out, lse, [cu_seqlens_q, cu_seqlens_k,] sinks, and the keywords."""
+    ctx.save_for_backward(*inputs[:3], *outputs, *inputs[3:])
+    ctx.keywords = keywords
+    # An output that nothing depends on then has the gradient None, and costs nothing.
+    ctx.set_materialize_grads(False)
+
+
 def _gradients(ctx: Any, operator: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the saved inputs, None where none is needed, and None for the keywords."""
+    """The gradients of the inputs, None where none is needed, and None for the keywords."""
     q, k, v, out, lse, *rest = ctx.saved_tensors
     none_for_cu_seqlens = (None,) * (len(rest) - 1)
     if dout is None and dlse is None:
-        return None, None, None, *none_for_cu_seqlens, None, None
+        return (None,) * len(ctx.needs_input_grad)
     if dout is None:
         dout = torch.zeros_like(out)
     if is_compiling() or torch.is_grad_enabled():  # with create_graph=True
@@ -35,7 +43,8 @@ def _gradients(ctx: Any, operator: Any, dout: Tensor | None, dlse: Tensor | None
         with below_autograd():
             dq, dk, dv, dsinks = operator(dout, dlse, q, k, v, out, lse, *rest, **ctx.keywords)
     grads = (dq, dk, dv, *none_for_cu_seqlens, dsinks, None)
-    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
+    # torch.library.register_autograd does not count the keywords, nor a sinks that was left out.
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
 
 
 class Attention(torch.autograd.Function):
@@ -62,10 +71,7 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with below_autocast():
             out, lse = _attention(q, k, v, sinks, **keywords)
-        ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.keywords = keywords
-        # An output that nothing depends on then has the gradient None, and costs nothing.
-        ctx.set_materialize_grads(False)
+        _save(ctx, (q, k, v, sinks), (out, lse), keywords)
         return out, lse
 
     @staticmethod
@@ -98,9 +104,7 @@ class AttentionVarlen(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with below_autocast():
             out, lse = _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, **keywords)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks)
-        ctx.keywords = keywords
-        ctx.set_materialize_grads(False)
+        _save(ctx, (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks), (out, lse), keywords)
         return out, lse
 
     @staticmethod
@@ -108,8 +112,8 @@ class AttentionVarlen(torch.autograd.Function):
         return _gradients(ctx, ops.attention_varlen_backward.default, dout, dlse)
 
 
-# What torch.library.register_autograd would register calls the same Functions, but fills in the schema's defaults on
-# every call, which takes 50 µs.
+# For torch.ops the same Functions are registered by hand: what torch.library.register_autograd registers fills in the
+# schema's defaults in Python on every call, which takes 50 µs. It is the way for a torch without the quick one.
 
 _apply = _dispatch.quick_apply(Attention)
 _apply_varlen = _dispatch.quick_apply(AttentionVarlen)
@@ -131,9 +135,17 @@ def _autograd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks=None, **keywords
         return _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, **keywords)
 
 
+def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output, keyword_only_inputs)
+
+
 _library = torch.library.Library("tilewright", "IMPL")
-_library.impl("attention", _autograd, "Autograd")
-_library.impl("attention_varlen", _autograd_varlen, "Autograd")
+if _dispatch.QUICK:
+    _library.impl("attention", _autograd, "Autograd")
+    _library.impl("attention_varlen", _autograd_varlen, "Autograd")
+else:
+    for _name, _function in (("attention", Attention), ("attention_varlen", AttentionVarlen)):
+        torch.library.register_autograd(f"tilewright::{_name}", _function.backward, setup_context=_setup_context)
 
 
 def _no_second_derivative(*_args: Any) -> Any:
