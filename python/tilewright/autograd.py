@@ -14,19 +14,17 @@ import torch
 from torch import Tensor
 
 from tilewright import _dispatch
-from tilewright._dispatch import below_autocast, below_autograd, functorch_is_active, is_compiling, needs_grad
+from tilewright._dispatch import (
+    below_autograd,
+    below_autograd_and_autocast,
+    functorch_is_active,
+    is_compiling,
+    needs_grad,
+)
 from tilewright._library import ops
 
 _attention = _dispatch.direct(ops.attention.default)
 _attention_varlen = _dispatch.direct(ops.attention_varlen.default)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, Tensor], keywords: dict) -> None:
-    """What the backward needs: q, k, v, out, lse, [cu_seqlens_q, cu_seqlens_k,] sinks, and the keywords."""
-    ctx.save_for_backward(*inputs[:3], *outputs, *inputs[3:])
-    ctx.keywords = keywords
-    # An output that nothing depends on then has the gradient None, and costs nothing.
-    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, operator: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -69,9 +67,12 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keywords: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        with below_autocast():
+        with below_autograd_and_autocast(q):
             out, lse = _attention(q, k, v, sinks, **keywords)
-        _save(ctx, (q, k, v, sinks), (out, lse), keywords)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.keywords = keywords
+        # An output that nothing depends on then has the gradient None, and costs nothing.
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
@@ -102,9 +103,11 @@ class AttentionVarlen(torch.autograd.Function):
         sinks: Tensor | None,
         keywords: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        with below_autocast():
+        with below_autograd_and_autocast(q):
             out, lse = _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, **keywords)
-        _save(ctx, (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks), (out, lse), keywords)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks)
+        ctx.keywords = keywords
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
@@ -136,7 +139,9 @@ def _autograd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks=None, **keywords
 
 
 def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs, output, keyword_only_inputs)
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
+    ctx.keywords = keyword_only_inputs
+    ctx.set_materialize_grads(False)
 
 
 _library = torch.library.Library("tilewright", "IMPL")
