@@ -19,7 +19,8 @@
 // The tensor cores take products from a warpgroup only while they execute them, so a warpgroup's softmax overlaps the
 // products of the other warpgroups, which take turns (kTurn). The last product of a tile runs with the first of the
 // next: tiles follow each other without a gap. Where Q stays in shared memory, the next Q comes too late for that:
-// there the last product is a step of its own, and what the warpgroup does not see of the first blocks is left out.
+// there the last product is a step of its own, what the warpgroup does not see of the first blocks is left out, and O
+// leaves through buffers of V.
 //
 // Most blocks need no maximum (attention/fragment_softmax.h): the exponentials start as soon as S is there. Where a
 // block overflows, the warp computes its 16 rows of S_n again, by itself and with mma.sync, and searches the maximum:

@@ -30,12 +30,13 @@ struct Config {
   // Q as the register operand of S = Q Kᵀ saves a third of the reads of shared memory and frees Q's buffer at once; at
   // head_dim 256 O takes the registers, at 192 a longer block is worth more.
   static constexpr bool kQInRegisters = kHeadDim < 192;
-  // Where shared memory has no room for O, it is stored from the registers.
-  static constexpr bool kTmaStore = kHeadDim < 192;
+  // Where shared memory has no room for O on its way out, so many buffers of V serve at the end of a tile.
+  static constexpr int kOutInV = kHeadDim < 192 ? 0 : ceil_div(kTileM, kTileN);
   // Where the exponentials take as long as the products, the columns that a warp does not see are left out of them.
   static constexpr bool kSkipColumns = kHeadDim < 128;
 
   static_assert(kTileM % 64 == 0 && kWarpgroups >= 2 && kWarpgroups <= 3 && kTileN % 16 == 0);
+  static_assert(kOutInV == 0 || (kTileN % 64 == 0 && kOutInV <= kStagesV));
   static_assert(kWarpgroups * kConsumerRegisters + kProducerRegisters <= 512);
 };
 
@@ -47,7 +48,7 @@ struct SharedStorage {
   SharedTile<Element, 64, C::kHeadDim> q[C::kWarpgroups];
   SharedTile<Element, C::kTileN, C::kHeadDim> k[C::kStagesK];
   SharedTile<Element, C::kTileN, C::kHeadDimV> v[C::kStagesV];
-  SharedTile<Element, C::kTmaStore ? C::kTileM : 8, C::kTmaStore ? C::kHeadDimV : 64> out;
+  SharedTile<Element, C::kOutInV ? 8 : C::kTileM, C::kOutInV ? 64 : C::kHeadDimV> out;
   uint64_t q_full[C::kWarpgroups], q_empty[C::kWarpgroups];
   uint64_t k_full[C::kStagesK], k_empty[C::kStagesK];
   uint64_t v_full[C::kStagesV], v_empty[C::kStagesV];

@@ -2,6 +2,7 @@
 
 #include <math_constants.h>
 
+#include "kernels/forward/fragment_edge.h"
 #include "kernels/forward/sm90_config.cuh"
 #include "ptx/ldmatrix.h"
 #include "ptx/mbarrier.h"
@@ -44,13 +45,15 @@ struct Consumer {
   Accumulator<C::kHeadDimV> O;
   FragmentSoftmax<Element> softmax;
 
-  int finished;  // the slot of the tile whose O is to be stored
+  bool out_in_v = false;  // O of the tile before is, or may be, in buffers of V
+  int finished;           // the slot of the tile whose O is to be stored
   float normalize[2];
   float lse[2];
 
   __device__ __forceinline__ void run() {
     if (warpgroup == C::kWarpgroups - 1) your_turn();
     if (next_tile()) {
+      O.fill(0.f);
       if constexpr (C::kQInRegisters) first_step<false>();
       for (;;) {
         walk_blocks();
@@ -69,7 +72,7 @@ struct Consumer {
     }
     // The turn given away last comes back: a barrier must not be left with arrivals.
     if (warpgroup == 0) my_turn();
-    if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
+    if (thread == 0) ptx::bulk_wait_group_read();
   }
 
   // The blocks of a tile, or those behind its first_step(): right edge, full, left edge.
@@ -138,49 +141,66 @@ struct Consumer {
 
   // --- steps --------------------------------------------------------------------------------------------------------
 
+  // S_n, and behind it O += P_{n-1} V_{n-1}.
+  __device__ __forceinline__ void issue_products(bool with_O) {
+    ptx::wgmma_fence();
+    S.pin();
+    O.pin();
+    issue_S();
+    ptx::wgmma_commit();
+    if (with_O) {
+      wait_v();
+      issue_O();
+    }
+    ptx::wgmma_commit();
+  }
+
   // A block that no row of the warpgroup sees, before the first one.
   __device__ __forceinline__ void idle_step(int at) {
     if (at == 0) wait_q();
     wait_k();
-    my_turn();
-    your_turn();
+    if (at > 0) {
+      my_turn();
+      your_turn();
+    }
     release_k(at);
-    pass_v(at);
+    if (at > 0) pass_v();
   }
-  // V of the block before, when that was not seen.
-  __device__ __forceinline__ void pass_v(int at) {
-    if (at == 0) return;
+  // V of a block that was not seen.
+  __device__ __forceinline__ void pass_v() {
+    if (out_in_v) pass_out();
     wait_v();
     release_v();
+  }
+  // The buffers of V that held O of the tile before, this warpgroup's once the copy engine has read it.
+  __device__ __forceinline__ void pass_out() {
+    if (thread == 0) ptx::bulk_wait_group_read();
+    __syncwarp();
+    for (int i = 0; i < C::kOutInV; ++i) {
+      wait_v();
+      release_v();
+    }
+    out_in_v = false;
   }
 
   // The first block of a tile, with Q in registers: together with the last O += P V of the tile before.
   template <bool kEndsTile>
   __device__ __forceinline__ void first_step() {
     // The turn orders this wait before all writes to shared.out.
-    if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
+    if (thread == 0) ptx::bulk_wait_group_read();
     wait_q();
     wait_k();
     my_turn();
-    ptx::wgmma_fence();
-    S.pin();
-    if constexpr (kEndsTile) O.pin();
-    issue_S();
-    ptx::wgmma_commit();
-    if constexpr (kEndsTile) {
-      wait_v();
-      issue_O();
-      ptx::wgmma_commit();
-    }
+    issue_products(kEndsTile);
     your_turn();
     if constexpr (kEndsTile && C::kSkipColumns) end_rows();
     const Edge edge = edge_of(0);
-    ptx::wgmma_wait<kEndsTile>();
+    ptx::wgmma_wait<1>();
     S.pin();
     release_k(0);
     softmax.reset();
     transform_scores();
-    mask(edge);
+    mask(S, edge);
     float correction[2];
     softmax.raise(S, p.to_log2, correction);
     if constexpr (kEndsTile) {
@@ -196,7 +216,7 @@ struct Consumer {
 
   // The last O += P V of a tile alone.
   __device__ __forceinline__ void end_step() {
-    if (C::kTmaStore && thread == 0) ptx::bulk_wait_group_read();
+    if (!C::kOutInV && thread == 0) ptx::bulk_wait_group_read();
     wait_v();
     my_turn();
     ptx::wgmma_fence();
@@ -212,29 +232,22 @@ struct Consumer {
   }
 
   // A block on an edge. Without Q in registers also the first one, which has no product to catch up with. (One code for
-  // both: instructions come from memory the first time, and short problems wait for them.)
+  // both: instructions come from memory the first time, and short problems wait for them.) Block 0 needs no turn there:
+  // both warpgroups come from the end of a tile, and the tensor cores have nothing else to do.
   __device__ __forceinline__ void edge_step(int at, bool first) {
+    const bool in_turn = C::kQInRegisters || at > 0;
     if (!C::kQInRegisters && at == 0) wait_q();
     wait_k();
-    my_turn();
-    ptx::wgmma_fence();
-    S.pin();
-    O.pin();
-    issue_S();
-    ptx::wgmma_commit();
-    if (!first) {
-      wait_v();
-      issue_O();
-    }
-    ptx::wgmma_commit();
-    your_turn();
+    if (in_turn) my_turn();
+    issue_products(!first);
+    if (in_turn) your_turn();
+    if (first && out_in_v) pass_out();
     ptx::wgmma_wait<1>();
-    if (first) pass_v(at);
     S.pin();
     release_k(at);
     transform_scores();
     const Edge edge = edge_of(at);
-    mask(edge);
+    mask(S, edge);
     float correction[2];
     softmax.raise(S, p.to_log2, correction);
     ptx::wgmma_wait<0>();
@@ -243,20 +256,14 @@ struct Consumer {
     exponentiate(edge.end);
     if (__any_sync(~0u, correction[0] != 1.f || correction[1] != 1.f)) O.scale_rows(correction);
     softmax.settle_block();
+    if (first && at > 0) pass_v();
   }
 
   // A block that all rows see.
   __device__ __forceinline__ void full_step(int at) {
     wait_k();
     my_turn();
-    ptx::wgmma_fence();
-    S.pin();
-    O.pin();
-    issue_S();
-    ptx::wgmma_commit();
-    wait_v();
-    issue_O();
-    ptx::wgmma_commit();
+    issue_products(true);
     your_turn();
     ptx::wgmma_wait<1>();
     S.pin();
@@ -382,60 +389,12 @@ struct Consumer {
     return keys.end(last_query) > work.range.block_at(at) * C::kTileN;
   }
 
-  // The block of step `at` as a warp and its threads see it, in columns of the block.
-  struct Edge {
-    int end;         // no row of the warp sees a column from here on,
-    int full_begin;  // all rows see [full_begin, full_end)
-    int full_end;
-    int row_begin[2];  // the thread's rows, its columns counted from its first
-    int row_end[2];
-    int sinks_end;
-  };
   __device__ __forceinline__ Edge edge_of(int at) const {
     const TileWork& work = shared.tile[tile_at.stage];
+    const bool full = at >= work.range.right_edge_steps() && at < work.range.full_steps_end();
+    if (!C::kSkipColumns && full) return Edge::none(C::kTileN);
     const VisibleKeys keys(p.window, work.seqlen_q, work.seqlen_k);
-    const int first_key = work.range.block_at(at) * C::kTileN;
-    const int t = unhoisted(thread);
-    const int first_query = work.first_query + warpgroup * 64 + t / 32 * 16;
-    Edge edge{C::kTileN, 0, C::kTileN, {0, 0}, {0, 0}, 0};
-    if (!C::kSkipColumns && at >= work.range.right_edge_steps() && at < work.range.full_steps_end()) return edge;
-    edge.end = keys.end(first_query + 15) - first_key;
-    edge.full_begin = keys.begin(first_query + 15) - first_key;
-    edge.full_end = keys.end(first_query) - first_key;
-    const int first_column = first_key + S.column(t);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = first_query + t % 32 / 4 + 8 * r;
-      edge.row_begin[r] = keys.begin(query) - first_column;
-      edge.row_end[r] = keys.end(query) - first_column;
-    }
-    edge.sinks_end = keys.window.sink_tokens - first_column;
-    return edge;
-  }
-
-  // S ← -inf where the row does not see the key. Only steps of 16 columns on an edge are looked at.
-  __device__ __forceinline__ void mask(const Edge& edge) {
-    if (edge.full_end < C::kTileN) {
-#pragma unroll
-      for (int step = 0; step < P.kSteps; ++step) {
-        if (16 * step + 16 <= edge.full_end) continue;
-#pragma unroll
-        for (int i = 8 * step; i < 8 * step + 8; ++i) {
-          if (S.column_of(i) >= edge.row_end[S.row_half(i)]) S.values[i] = -CUDART_INF_F;
-        }
-      }
-    }
-    if (edge.full_begin > 0) {
-#pragma unroll
-      for (int step = 0; step < P.kSteps; ++step) {
-        if (16 * step >= edge.full_begin) continue;
-#pragma unroll
-        for (int i = 8 * step; i < 8 * step + 8; ++i) {
-          const int column = S.column_of(i);
-          if (column < edge.row_begin[S.row_half(i)] && column >= edge.sinks_end) S.values[i] = -CUDART_INF_F;
-        }
-      }
-    }
+    return Edge::of(keys, work.first_query + warpgroup * 64, work.range.block_at(at) * C::kTileN, unhoisted(thread));
   }
 
   // --- epilogue -----------------------------------------------------------------------------------------------------
@@ -459,29 +418,39 @@ struct Consumer {
     OperandA<Element, C::kHeadDimV> packed;
     packed.pack(O);
     const TileWork& work = shared.tile[finished];
-    if constexpr (C::kTmaStore) {
-      store_by_tma(work, packed);
+    if constexpr (C::kOutInV) {
+      // The ring of V lends a tile's last buffers to O: warpgroup after warpgroup takes kTileN rows, once the product
+      // that read them is done in all warpgroups, and says so by the barrier that otherwise says that V is there.
+      PipelineState<C::kStagesV> at = v_at;
+      if (warpgroup * 64 >= C::kTileN) at.advance();
+      ptx::mbarrier_wait(&shared.v_empty[at.stage], at.parity ^ 1);
+      const int first_row = warpgroup * 64 % C::kTileN;
+      if (thread == 0 && first_row == 0) ptx::mbarrier_arrive(&shared.v_full[at.stage]);
+      out_in_v = true;
+      store_rows(work, packed, shared.v[at.stage], first_row);
     } else {
-      store_rows(work, packed);
+      store_rows(work, packed, shared.out, warpgroup * 64);
     }
     // Behind the fence of the copy engine, which would wait for it.
-    const int t = unhoisted(thread);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = work.first_query + row(t) + 8 * r;
-      if (t % 4 == 0 && query < work.seqlen_q) lse_of(work)[query] = lse[r];
+      const int query = work.first_query + row(thread) + 8 * r;
+      if (thread % 4 == 0 && query < work.seqlen_q) lse_of(work)[query] = lse[r];
     }
     release_tile(finished);
   }
 
-  // Through shared memory; the copy engine leaves out what lies behind the sequence's end.
-  __device__ __forceinline__ void store_by_tma(const TileWork& work, const OperandA<Element, C::kHeadDimV>& packed) {
+  // Through rows [first_row, first_row + 64) of a tile in shared memory; the copy engine leaves out what lies behind
+  // the sequence's end.
+  template <class Tile>
+  __device__ __forceinline__ void store_rows(const TileWork& work, const OperandA<Element, C::kHeadDimV>& packed,
+                                             Tile& tile, int first_row) {
     const int t = unhoisted(thread);
-    const int in_tile = warpgroup * 64 + t / 32 * 16 + t % 16;
+    const int in_tile = first_row + t / 32 * 16 + t % 16;
 #pragma unroll
     for (int i = 0; i < packed.kSteps; ++i) {
       const auto& x = packed.steps[i];
-      const uint32_t to = shared.out.address() + shared.out.piece_offset(in_tile, 2 * i + t % 32 / 16);
+      const uint32_t to = tile.address() + tile.piece_offset(in_tile, 2 * i + t % 32 / 16);
       ptx::stmatrix_x4(to, x[0], x[1], x[2], x[3]);
     }
     ptx::fence_proxy_async();
@@ -491,44 +460,11 @@ struct Consumer {
       const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.q_begin, work.seqlen_q, query)
                                                  : RowCoordinates::plain(query, work.batch);
       if (query < work.seqlen_q) {
-        for (int i = 0; i < shared.out.kChunks; ++i) {
-          ptx::tma_store_5d(&p.out, shared.out.chunk(i) + warpgroup * 64 * 64, i * 64, work.head, rows.row, rows.outer,
-                            rows.wrap);
+        for (int i = 0; i < tile.kChunks; ++i) {
+          ptx::tma_store_5d(&p.out, tile.chunk(i) + first_row * 64, i * 64, work.head, rows.row, rows.outer, rows.wrap);
         }
       }
       ptx::bulk_commit_group();
-    }
-  }
-
-  __device__ __forceinline__ Element* out_row(const TileWork& work, int query) const {
-    return static_cast<Element*>(p.out_rows) + work.batch * p.out_stride.batch +
-           int64_t{work.q_begin + query} * p.out_stride.row + work.head * p.out_stride.head;
-  }
-
-  // Four lanes hold the 16 bytes of 8 columns between them: a 4×4 transpose in two rounds of shuffles gives each lane
-  // 16 bytes of one row, and the four together 64.
-  __device__ __forceinline__ void store_rows(const TileWork& work, const OperandA<Element, C::kHeadDimV>& packed) {
-    const int t = unhoisted(thread);
-    const bool odd = t % 2, high = t / 2 % 2;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = work.first_query + row(t) + 8 * r;
-      Element* to = out_row(work, query);
-#pragma unroll
-      for (int j = 0; j < packed.kSteps / 2; ++j) {
-        const auto &a = packed.steps[2 * j], &b = packed.steps[2 * j + 1];
-        const uint32_t pair0 = __shfl_xor_sync(~0u, odd ? a[r] : a[2 + r], 1);
-        const uint32_t pair1 = __shfl_xor_sync(~0u, odd ? b[r] : b[2 + r], 1);
-        const uint32_t x0 = odd ? pair0 : a[r], x1 = odd ? a[2 + r] : pair0;
-        const uint32_t x2 = odd ? pair1 : b[r], x3 = odd ? b[2 + r] : pair1;
-        const uint32_t quad0 = __shfl_xor_sync(~0u, high ? x0 : x2, 2);
-        const uint32_t quad1 = __shfl_xor_sync(~0u, high ? x1 : x3, 2);
-        const int column = 32 * j + t % 4 * 8;
-        if (query < work.seqlen_q && column < p.head_dim_v) {
-          *reinterpret_cast<uint4*>(to + column) =
-              high ? make_uint4(quad0, quad1, x2, x3) : make_uint4(x0, x1, quad0, quad1);
-        }
-      }
     }
   }
 
@@ -536,12 +472,17 @@ struct Consumer {
   __device__ __forceinline__ void write_empty(const TileWork& work) {
     const int first = work.first_query + warpgroup * 64;
     const int rows = min_of(work.seqlen_q - first, 64);
-    const int pieces = p.head_dim_v / 8;
-    for (int i = thread; i < rows * pieces; i += 128) {
-      *reinterpret_cast<uint4*>(out_row(work, first + i / pieces) + i % pieces * 8) = make_uint4(0, 0, 0, 0);
+    Element* out = static_cast<Element*>(p.out_rows) + work.batch * p.out_stride.batch +
+                   int64_t{work.q_begin + first} * p.out_stride.row + work.head * p.out_stride.head;
+    const int t = unhoisted(thread);
+    const int column = t % 32 * 8;
+#pragma unroll 1
+    for (int i = t / 32; i < rows; i += 4) {
+      if (column < p.head_dim_v)
+        *reinterpret_cast<uint4*>(out + i * p.out_stride.row + column) = make_uint4(0, 0, 0, 0);
     }
     const bool sink = p.sinks && work.k_begin >= 0;
-    if (thread < rows) lse_of(work)[first + thread] = sink ? p.sinks[work.head] : -CUDART_INF_F;
+    if (t < rows) lse_of(work)[first + t] = sink ? p.sinks[work.head] : -CUDART_INF_F;
   }
 };
 

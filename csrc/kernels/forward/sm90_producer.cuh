@@ -22,6 +22,7 @@ struct Producer {
   // V of a block is loaded after K of the next one, also across tiles: the order in which they are consumed.
   int v_head = kNone;
   RowCoordinates v_rows;
+  bool lent = false;  // the buffers behind the last V loaded, for O
 
   __device__ __forceinline__ void run() {
     // A packed batch's list is made by the kernel before this one; otherwise the first tile is known already.
@@ -44,7 +45,7 @@ struct Producer {
     TileWork end{};
     end.last = true;
     announce(end);
-    if (v_head != kNone) load_v();
+    if (v_head != kNone) load_v(true);
   }
 
   __device__ __forceinline__ TileWork work_at(int index, int tiles) const {
@@ -94,7 +95,7 @@ struct Producer {
       load(shared.k[k_at.stage], &p.k, &shared.k_full[k_at.stage], head_kv, rows);
       k_at.advance();
       if (step == 0 && C::kQInRegisters) load_q(work);
-      if (v_head != kNone) load_v();
+      if (v_head != kNone) load_v(step == 0);
       if (step == 0 && !C::kQInRegisters) load_q(work);
       v_head = head_kv;
       v_rows = rows;
@@ -112,7 +113,18 @@ struct Producer {
     q_at.advance();
   }
 
-  __device__ __forceinline__ void load_v() {
+  __device__ __forceinline__ void load_v(bool last_of_tile) {
+    if constexpr (C::kOutInV) {
+      // The consumers take the buffers behind a tile's last V for O by themselves; the ring goes on when they have. (To
+      // wait for v_empty alone would not do: it may be two phases behind.)
+      if (lent) {
+        for (int i = 0; i < C::kOutInV; ++i) {
+          ptx::mbarrier_wait(&shared.v_full[v_at.stage], v_at.parity);
+          v_at.advance();
+        }
+      }
+      lent = last_of_tile;
+    }
     ptx::mbarrier_wait(&shared.v_empty[v_at.stage], v_at.parity ^ 1);
     load(shared.v[v_at.stage], &p.v, &shared.v_full[v_at.stage], v_head, v_rows);
     v_at.advance();
