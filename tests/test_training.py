@@ -279,10 +279,10 @@ def test_captured_step(device):
 
 
 def workspace(heads, rows, sequences, head_dim):
-    """Bytes that docs/backward.md allows the backward beside its gradients, for `rows` queries."""
+    """Bytes that docs/backward.md allows the backward beside its gradients, for `rows` queries and as many keys."""
     head_dim = min(size for size in (64, 128, 192, 256) if size >= head_dim)
     padded = rows + 128 * sequences  # to whole tiles, each sequence
-    return heads * padded * (4 * head_dim + 2 * 4) + (1 << 20)
+    return heads * padded * (4 * head_dim + 9) + padded + (1 << 20)
 
 
 @pytest.mark.gpu
