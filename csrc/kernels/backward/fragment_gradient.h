@@ -68,8 +68,8 @@ __device__ __forceinline__ void exponentiate(const Accumulator<kQueries>& S, Ope
   }
 }
 
-// dS = P ∘ (dP - delta). kPacked: the product is taken in packed 16 bits, in half the instructions, fewer registers, and
-// one rounding (bfloat16: 2^-9) more. In float16 a dP beyond 65,504 would give inf or NaN where P may make it small
+// dS = P ∘ (dP - delta). kPacked: the product is taken in packed 16 bits, in half the instructions, fewer registers,
+// and one rounding (bfloat16: 2^-9) more. In float16 a dP beyond 65,504 would give inf or NaN where P may make it small
 // again.
 template <bool kPacked, class Element, int kQueries>
 __device__ __forceinline__ void differentiate(const Accumulator<kQueries>& dP, const OperandA<Element, kQueries>& P,

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "attention/sequence.h"
+#include "attention/packed_tiles.h"
 #include "kernels/backward/sm90_params.h"
 #include "ptx/grid_dependency.h"
 #include "ptx/math.h"
@@ -16,15 +16,18 @@ struct RowParams {
   Strides out_stride;
   Strides dout_stride;
   Strides dq_stride;
-  const float* lse;             // (batch, heads_q, seqlen_q)
-  const float* dlse;            // like lse, or null
-  float* lse2;                  // (tiles, tile_m)
-  float* delta;                 // (tiles, tile_m)
-  float* dq_sum;                // see KernelParams
-  const int32_t* cu_seqlens_q;  // (batch + 1,) or null
-  int* next_tile;               // the main kernel's counter, or null
-  int batch;                    // sequences
-  int seqlen_q;                 // packed: total_q
+  const float* lse;    // (batch, heads_q, seqlen_q)
+  const float* dlse;   // like lse, or null
+  const float* sinks;  // (heads_q,) or null
+  float* dsinks;       // (heads_q,)
+  float* lse2;         // (tiles, tile_m)
+  float* delta;        // (tiles, tile_m)
+  float* dq_sum;       // see KernelParams
+  int* turns;          // see KernelParams
+  PackedParts parts;   // of a packed q, else null
+  int* next_tile;      // the main kernel's counter, or null
+  int batch;           // sequences; packed: 1
+  int seqlen_q;        // packed: total_q
   int heads_q;
   int head_tiles;
   int head_dim;
@@ -39,8 +42,9 @@ struct RowTile {
   int number;
   int batch;  // packed: 0
   int head;
-  int first_row;  // of the tensor; packed: of the packed tensor
+  int first_row;  // of the tensor
   int rows;       // none if not positive
+  bool in_sequence;
 
   template <int kTileM>
   __device__ __forceinline__ static RowTile of(const RowParams& p, int block) {
@@ -48,21 +52,21 @@ struct RowTile {
     const int rest = block / p.heads_q;
     const int batch = rest / p.head_tiles;
     const int tile = rest - batch * p.head_tiles;
-    RowTile at{(batch * p.heads_q + head) * p.head_tiles + tile, batch, head, tile * kTileM, 0};
-    if (!p.cu_seqlens_q) {
+    RowTile at{(batch * p.heads_q + head) * p.head_tiles + tile, batch, head, tile * kTileM, 0, true};
+    if (!p.parts.first_row) {
       at.rows = min_of(p.seqlen_q - at.first_row, kTileM);
       return at;
     }
-    int low = 0, high = p.batch;  // the last sequence that does not start behind the tile
+    int low = 0, high = p.parts.count();  // the last part that does not start behind the tile
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      const int begin = SequenceBounds::packed(p.cu_seqlens_q, middle, p.seqlen_q).begin;
-      (packed_first_tile(begin, middle, kTileM) <= tile ? low : high) = middle;
+      (packed_first_tile(p.parts.begin(middle), middle, kTileM) <= tile ? low : high) = middle;
     }
-    const SequenceBounds sequence = SequenceBounds::packed(p.cu_seqlens_q, low, p.seqlen_q);
-    const int row = (tile - packed_first_tile(sequence.begin, low, kTileM)) * kTileM;
-    at.first_row = sequence.begin + row;
-    at.rows = row < 0 ? 0 : min_of(sequence.length - row, kTileM);
+    const int begin = p.parts.begin(low);
+    const int row = (tile - packed_first_tile(begin, low, kTileM)) * kTileM;
+    at.first_row = begin + row;
+    at.rows = min_of(p.parts.length(low) - row, kTileM);
+    at.in_sequence = p.parts.is_sequence(low);
     return at;
   }
 };
@@ -83,8 +87,8 @@ __device__ __forceinline__ float dot(uint4 a, uint4 b) {
 template <int kTileM>
 __device__ __forceinline__ void write_row(const RowParams& p, const RowTile& tile, int row, float sum) {
   float lse2 = INFINITY, delta = 0.f;  // rows that see nothing, and those behind the end: P = 0
-  if (row < tile.rows) {
-    const int64_t line = p.cu_seqlens_q ? tile.head : int64_t{tile.batch} * p.heads_q + tile.head;
+  if (tile.in_sequence && row < tile.rows) {
+    const int64_t line = int64_t{tile.batch} * p.heads_q + tile.head;
     const int64_t from = line * p.seqlen_q + tile.first_row + row;
     constexpr float kLog2e = 1.44269504088896f;
     const float lse = p.lse[from];
@@ -98,14 +102,14 @@ __device__ __forceinline__ void write_row(const RowParams& p, const RowTile& til
   p.delta[to] = delta;
 }
 
-// delta = rowsum(dO ∘ O) - dlse, lse in powers of two, dQ ← 0. A block a tile.
+// delta = rowsum(dO ∘ O) - dlse, lse in powers of two, dQ's sums and their turns ← 0. A block a tile.
 template <class Element, int kHeadDim, int kHeadDimV, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constant__ RowParams p) {
   ptx::launch_dependent_grids();
   ptx::wait_for_prerequisite_grids();  // the kernels of the call before may still read what is written here
   if (p.next_tile && blockIdx.x == 0 && threadIdx.x == 0) *p.next_tile = 0;
   const RowTile tile = RowTile::of<kTileM>(p, blockIdx.x);
-  if (p.cu_seqlens_q && tile.rows <= 0) return;
+  const int rows = tile.in_sequence ? tile.rows : 0;
 
   constexpr int kLanes = kHeadDimV <= 64 ? 8 : kHeadDimV <= 128 ? 16 : 32;  // of a row, 8 columns each
   constexpr int kRows = kRowThreads / kLanes;
@@ -121,13 +125,15 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
     const int row = first + i * kRows;
-    const bool there = row < tile.rows && column < p.head_dim_v;
+    const bool there = row < rows && column < p.head_dim_v;
     out[i] = there ? __ldcs(row_of(p.out, p.out_stride, row)) : make_uint4(0, 0, 0, 0);
     dout[i] = there ? *row_of(p.dout, p.dout_stride, row) : make_uint4(0, 0, 0, 0);
   }
+  if (p.turns && threadIdx.x < kHeadDim / 16) p.turns[int64_t{tile.number} * (kHeadDim / 16) + threadIdx.x] = 0;
   float4* sums = reinterpret_cast<float4*>(p.dq_sum + int64_t{tile.number} * kTileM * kHeadDim);
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kTileM * kHeadDim / 4; i += kRowThreads) sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int i = threadIdx.x; rows > 0 && i < kTileM * kHeadDim / 4; i += kRowThreads)
+    sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
     float sum = dot<Element>(out[i], dout[i]);
@@ -138,7 +144,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
   }
 }
 
-// dQ = scale × its sums, in rows and 16 bits. A block a tile.
+// dQ = scale × its sums, in rows and 16 bits; 0 in rows of no sequence. A block a tile.
 template <class Element, int kHeadDim, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_constant__ RowParams p) {
   // A row is 16 bytes longer than it need be: two rows below lie 8 banks further.
@@ -147,6 +153,18 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
   ptx::wait_for_prerequisite_grids();
   const RowTile tile = RowTile::of<kTileM>(p, blockIdx.x);
   if (tile.rows <= 0) return;
+  constexpr int kPieces = kHeadDim / 8;
+  const auto row_of = [&](int row) {
+    return static_cast<Element*>(p.dq) + tile.batch * p.dq_stride.batch +
+           int64_t{tile.first_row + row} * p.dq_stride.row + tile.head * p.dq_stride.head;
+  };
+  if (!tile.in_sequence) {
+    for (int i = threadIdx.x; i < tile.rows * kPieces; i += kRowThreads) {
+      const int column = i % kPieces * 8;
+      if (column < p.head_dim) *reinterpret_cast<uint4*>(row_of(i / kPieces) + column) = make_uint4(0, 0, 0, 0);
+    }
+    return;
+  }
   const float4* sums = reinterpret_cast<const float4*>(p.dq_sum + int64_t{tile.number} * kTileM * kHeadDim);
 #pragma unroll 4
   for (int i = threadIdx.x; i < kTileM * kHeadDim / 4; i += kRowThreads) {
@@ -160,15 +178,49 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
     rows[query + 1][column + 8] = static_cast<Element>(x.w * p.scale);
   }
   __syncthreads();
-  constexpr int kPieces = kHeadDim / 8;
 #pragma unroll 4
   for (int i = threadIdx.x; i < kTileM * kPieces; i += kRowThreads) {
     const int row = i / kPieces, column = i % kPieces * 8;
     if (row >= tile.rows || column >= p.head_dim) continue;
-    Element* to = static_cast<Element*>(p.dq) + tile.batch * p.dq_stride.batch +
-                  int64_t{tile.first_row + row} * p.dq_stride.row + tile.head * p.dq_stride.head + column;
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&rows[row][column]);
+    *reinterpret_cast<uint4*>(row_of(row) + column) = *reinterpret_cast<const uint4*>(&rows[row][column]);
   }
+}
+
+// dsinks = - Σ exp(sink - lse) delta, over the rows of a head: a block a head, always in the same order. Rows that see
+// nothing, not even a sink, have lse2 +inf, and so have those of no sequence.
+constexpr int kSinkThreads = 1024;
+
+struct SinkParams {
+  RowParams rows;
+  int tile_m;
+};
+
+inline __global__ void __launch_bounds__(kSinkThreads) sum_dsinks(const __grid_constant__ SinkParams params) {
+  const RowParams& p = params.rows;
+  __shared__ double sums[kSinkThreads / 32];
+  ptx::launch_dependent_grids();
+  ptx::wait_for_prerequisite_grids();
+  constexpr float kLog2e = 1.44269504088896f;
+  const int head = blockIdx.x;
+  const float sink2 = p.sinks[head] * kLog2e;
+  const int64_t rows = int64_t{p.head_tiles} * params.tile_m;
+  double sum = 0;
+  for (int batch = 0; batch < p.batch; ++batch) {
+    const int64_t first = (int64_t{batch} * p.heads_q + head) * rows;
+    for (int64_t i = threadIdx.x; i < rows; i += kSinkThreads) {
+      const float lse2 = p.lse2[first + i];
+      if (lse2 != INFINITY) sum -= static_cast<double>(ptx::exp2(sink2 - lse2)) * p.delta[first + i];
+    }
+  }
+#pragma unroll
+  for (int x = 16; x > 0; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  sum = sums[threadIdx.x];
+#pragma unroll
+  for (int x = 16; x > 0; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
+  if (threadIdx.x == 0) p.dsinks[head] = static_cast<float>(sum);
 }
 
 }  // namespace tilewright::backward

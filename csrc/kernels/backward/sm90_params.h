@@ -45,12 +45,12 @@ struct KernelParams {
   Strides dk_stride;
   Strides dv_stride;
   Window window;
-  TileOrder order;               // of tiles of keys
-  int tiles;                     // of keys, of one head; packed: see num_packed
-  int head_tiles;                // of queries, of one head; packed: of all parts
-  int* next_tile;                // the counter of the dynamic order, or null: a static order
-  const PackedKeyTile* packed;   // the work list of a packed batch, or null
-  const int* num_packed;         // its length
+  TileOrder order;              // of tiles of keys
+  int tiles;                    // of keys, of one head; packed: see num_packed
+  int head_tiles;               // of queries, of one head; packed: of all parts
+  int* next_tile;               // the counter of the dynamic order, or null: a static order
+  const PackedKeyTile* packed;  // the work list of a packed batch, or null
+  const int* num_packed;        // its length
   Divisor heads_kv;
   int group;  // query heads a key head
   int seqlen_q;

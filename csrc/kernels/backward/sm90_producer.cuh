@@ -17,8 +17,8 @@ struct Producer {
   uint32_t steps = 0;  // tiles of Q and dO loaded
 
   __device__ __forceinline__ void run() {
-    // The order of the sums of dQ is safe only if a block that takes a tile is at work on it (see turns.cuh): there even
-    // the first tile comes from the counter.
+    // The order of the sums of dQ is safe only if a block that takes a tile is at work on it (see turns.cuh): there
+    // even the first tile comes from the counter.
     int index = p.turns ? atomicAdd(p.next_tile, 1) : static_cast<int>(blockIdx.x);
     uint32_t number = 0, loaded = 0;
     while (index < (p.packed ? *p.num_packed : p.tiles) * p.order.heads) {

@@ -43,7 +43,8 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
     const uint32_t b = rows.address();
 #pragma unroll
     for (int i = 0; i < C::kTileM / 16; ++i) {
-      ptx::Wgmma<Element, kColumns>::template rs<ptx::Major::kMN>(D.values, operand.steps[i], rows.mn_major(b, i), true);
+      ptx::Wgmma<Element, kColumns>::template rs<ptx::Major::kMN>(D.values, operand.steps[i], rows.mn_major(b, i),
+                                                                  true);
     }
     ptx::wgmma_commit();
   }
@@ -147,8 +148,8 @@ struct ProbabilityConsumer : WideConsumer<C> {
     ++steps;
   }
 
-  // The other warpgroup needs P for dS alone: with softcap it gets P ∘ (1 - t²). No barrier says that the place is free:
-  // this warpgroup has waited for the dS of the step before, which was made from what lay there.
+  // The other warpgroup needs P for dS alone: with softcap it gets P ∘ (1 - t²). No barrier says that the place is
+  // free: this warpgroup has waited for the dS of the step before, which was made from what lay there.
   template <class Slope>
   __device__ __forceinline__ void share_P(const Slope& slope) {
     OperandA<Element, C::kTileM> shared_P = P;

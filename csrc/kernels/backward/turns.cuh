@@ -23,9 +23,9 @@ namespace tilewright::backward {
 // warp leaves nothing pending at the end of a tile, and counts what is pending before it waits itself. So it ends. That
 // needs no two blocks on the GPU at the same time.
 //
-// No queue: every tile walks its queries from the last to the first, as far as it sees them. When tile n comes to a tile
-// of queries, n - 1 was there a step before (blocks that start together draw apart by a step, once), and its addition
-// is done, for it had that step's time.
+// No queue: every tile walks its queries from the last to the first, as far as it sees them. When tile n comes to a
+// tile of queries, n - 1 was there a step before (blocks that start together draw apart by a step, once), and its
+// addition is done, for it had that step's time.
 template <class C>
 __device__ __forceinline__ int turn_of(const KernelParams& p, const TileWork& work, int tile) {
   const int first_query = (tile - work.first_tile) % p.head_tiles * C::kTileM;
