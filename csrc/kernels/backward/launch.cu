@@ -10,6 +10,7 @@
 #include "kernels/backward/launch_sm90.h"
 #include "kernels/backward/prepare_packed.cuh"
 #include "kernels/backward/select.h"
+#include "kernels/backward/sinks.cuh"
 #include "kernels/device.h"
 #include "kernels/tensor_map.h"
 
@@ -128,7 +129,10 @@ void choose_order(KernelParams& kernel, const BackwardParams& p, const Shape& sh
   const bool uneven = shape.packed || p.window.right < p.seqlen_k || p.window.left < p.seqlen_k;
   const int64_t bytes_a_head = int64_t{std::max(p.seqlen_q, 1)} * kernel.group * (6 * p.head_dim + 2 * p.head_dim_v);
   const int64_t fitting = std::max<int64_t>(1, kGroupBytes / bytes_a_head);
-  const int64_t heads = uneven || kernel.turns ? std::min(fitting, shape.heads_kv) : 1;
+  constexpr int kBlocksInTurn = 4;
+  int64_t heads = uneven ? fitting : 1;
+  if (kernel.turns) heads = std::max<int64_t>(fitting, blocks / kBlocksInTurn);
+  heads = std::min(heads, shape.heads_kv);
   kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(std::max<int64_t>(heads, 1)))};
   // With few tiles a block the static order is as good. Without queries nobody would reset the counter.
   constexpr int64_t kStaticRounds = 2;

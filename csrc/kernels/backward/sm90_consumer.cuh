@@ -62,8 +62,8 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
 #pragma unroll 1
     for (int late = C::kDsBuffers; late > 0; --late) {
       if (p.group * work().walk.count >= late) finish_dq(steps - late);
+      if (p.turns) this->template end_turns<C::kBulk>();
     }
-    if (p.turns) this->template end_turns<C::kBulk>();
     release(shared.k_empty[stage_k()]);
   }
 
@@ -187,6 +187,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
 
   // `tile`: of queries.
   __device__ __forceinline__ void hand_over_dS(int tile) {
+    if (p.turns) this->template end_turns<C::kBulk>();  // of dQ at the beginning of the step
     const int buffer = steps % C::kDsBuffers;
     ptx::mbarrier_wait(&shared.ds_empty[buffer], (steps / C::kDsBuffers + 1) % 2);
     this->write_dS(dS, buffer);
@@ -198,7 +199,6 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   // This warpgroup's share of dQ of an earlier step. The units go round the warpgroups from step to step, unless each
   // has as many.
   __device__ __forceinline__ void finish_dq(uint32_t of_step) {
-    if (p.turns) this->template end_turns<C::kBulk>();
     int unit = warpgroup;
     if (C::kUnits % C::kWarpgroups != 0) unit = (warpgroup + of_step) % C::kWarpgroups;
     if (C::kUnits < C::kWarpgroups && unit >= C::kUnits) return;

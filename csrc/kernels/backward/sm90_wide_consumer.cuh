@@ -65,7 +65,6 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
   }
   __device__ __forceinline__ void add_half(const HalfOfDq& dQ, int tile) {
     if (p.turns) {
-      this->template end_turns<false>();
       if (thread() % 32 == 0) this->template wait_turn<false>(this->part_of_sum(tile, first_unit()), tile, 0);
       __syncwarp();
     }
@@ -138,6 +137,7 @@ struct ProbabilityConsumer : WideConsumer<C> {
     if (thread() % 32 == 0) this->notes().tile[steps % C::kDsBuffers] = this->tile_number(i);
     share_P(slope);
     release(shared.q_empty[stage()]);
+    if (p.turns) this->template end_turns<false>();  // of dQ at the beginning of the step
     ptx::mbarrier_wait(&shared.dout_full[stage()], parity());
     ptx::wgmma_fence();
     dV.pin();
@@ -228,6 +228,7 @@ struct GradientConsumer : WideConsumer<C> {
     dS.pin();
     __syncwarp();
     release(shared.dout_empty[stage()]);
+    if (p.turns) this->template end_turns<false>();  // of dQ at the end of the step before
     ptx::mbarrier_wait(&shared.ds_empty[buffer], buffer_parity ^ 1);
     this->write_dS(dS, buffer);
     __syncwarp();

@@ -17,15 +17,14 @@ namespace tilewright::backward {
 // No race: a warp adds after its lane 0 has seen the counter (acquire), and counts (release) after its additions are
 // done. One warp waits for one warp; warps of a block have nothing to agree on.
 //
-// No deadlock: tiles are taken from a counter in an order in which, for each head, n grows; a block works off what it
-// has taken in that order. Suppose some tiles never end. Take the first in the order: its block has ended the tiles
-// before it and is at work on it. It waits only for tiles before it, which have all ended, and counted themselves: a
-// warp leaves nothing pending at the end of a tile, and counts what is pending before it waits itself. So it ends. That
-// needs no two blocks on the GPU at the same time.
+// No deadlock: blocks take tiles from a counter, in an order in which for each head n grows, and work them off in that
+// order. Suppose some tiles never end. Take the first of them: its block has ended the tiles it took before, and is at
+// work on it. It waits only for tiles before it, which have all ended, and counted themselves: a warp leaves nothing
+// pending at the end of a tile. So it ends. That needs no two blocks on the GPU at the same time.
 //
-// No queue: every tile walks its queries from the last to the first, as far as it sees them. When tile n comes to a
-// tile of queries, n - 1 was there a step before (blocks that start together draw apart by a step, once), and its
-// addition is done, for it had that step's time.
+// No queue: every tile walks its queries from the last it sees to the first. When tile n comes to a tile of queries,
+// n - 1 was there a step before (blocks that start together draw apart by a step, once), and has counted itself half a
+// step later, when its addition is done: nobody waits for that either.
 template <class C>
 __device__ __forceinline__ int turn_of(const KernelParams& p, const TileWork& work, int tile) {
   const int first_query = (tile - work.first_tile) % p.head_tiles * C::kTileM;
