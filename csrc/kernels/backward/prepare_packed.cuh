@@ -22,7 +22,7 @@ struct PrepareParams {
   PackedKeyTile* tiles;  // (max_packed_tiles,)
 };
 
-// `length`: for how many tiles of queries it will work, about. It never grows from one tile of a sequence to the next,
+// `length`: how many tiles of queries it visits, at most. It never grows from one tile of a sequence to the next,
 // so that the sorted list keeps these in order, as turns.cuh wants it.
 __device__ inline PackedKeyTile packed_key_tile(const PrepareParams& p, int index, int& length) {
   const PackedParts queries{p.first_row_q, p.sequences, p.total_q}, keys{p.first_row_k, p.sequences, p.total_k};
@@ -34,7 +34,7 @@ __device__ inline PackedKeyTile packed_key_tile(const PrepareParams& p, int inde
       packed_first_tile(q_begin, part, p.tile_m)};
   const VisibleQueries visible(p.window, seqlen_q, tile.seqlen_k);
   const int first_query = clamp(visible.first(tile.first_key), 0, seqlen_q);
-  length = ceil_div(seqlen_q - first_query, p.tile_m);
+  length = ceil_div(seqlen_q, p.tile_m) - first_query / p.tile_m;
   if (tile.first_key >= p.window.sink_tokens && p.window.left < seqlen_q && p.window.right < seqlen_q) {
     length = min_of(length, (p.window.left + p.window.right + p.tile_n) / p.tile_m + 2);
   }
