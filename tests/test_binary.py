@@ -32,9 +32,9 @@ def test_registered_devices():
     """The CPU operators are always there, the CUDA ones when the build says so (else an error in words may be)."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for operator in ("attention", "attention_varlen"):
-        name = f"tilewright::{operator}"
-        assert has(name, "CPU") and has(f"{name}_backward", "CPU")
-        assert has(name, "CUDA") or not tilewright.build_info()["cuda"]
+        for name in (f"tilewright::{operator}", f"tilewright::{operator}_backward"):
+            assert has(name, "CPU")
+            assert has(name, "CUDA") or not tilewright.build_info()["cuda"]
 
 
 def test_only_the_stable_abi():
@@ -100,12 +100,32 @@ def test_every_kernel_is_there(sass):
 @pytest.mark.cuda_build
 def test_sass_of_the_forward(sass):
     """wgmma for the products, TMA in; TMA out where shared memory has room for the output."""
-    kernels = {name: opcodes for name, opcodes in sass.items() if _uses(opcodes, "HGMMA")}
-    assert kernels
-    without = {x: [name for name, codes in kernels.items() if not _uses(codes, x)] for x in ("UTMALDG", "UTMASTG")}
+    without = _kernels_without(sass, "forward", "UTMALDG", "UTMASTG")
     assert not without["UTMALDG"], without["UTMALDG"]
-    from_registers = [name for name in tilewright.build_info()["kernels"] if int(name.split("_")[2]) >= 192]
+    from_registers = [name for name in _instances("forward") if int(name.split("_")[2]) >= 192]
     assert len(without["UTMASTG"]) == len(from_registers), without["UTMASTG"]
+
+
+@pytest.mark.cuda_build
+def test_sass_of_the_backward(sass):
+    """wgmma for the products, TMA in, dS transposed by stmatrix; dQ added by bulk copies or from registers."""
+    without = _kernels_without(sass, "backward", "UTMALDG", "STSM", "UBLKRED", "REDG")
+    assert not without["UTMALDG"] and not without["STSM"], without
+    # red from registers also counts the turns of the fixed order, so all have it.
+    assert not without["REDG"], without["REDG"]
+    in_bulk = len(_instances("backward")) - len(without["UBLKRED"])
+    assert 0 < in_bulk < len(_instances("backward")), without["UBLKRED"]
+
+
+def _instances(operator):
+    return [name for name in tilewright.build_info()["kernels"] if name.startswith(f"{operator}_")]
+
+
+def _kernels_without(sass, operator, *instructions):
+    """{instruction: the operator's kernels that lack it}"""
+    kernels = {name: codes for name, codes in sass.items() if f"{operator}_sm90" in name and _uses(codes, "HGMMA")}
+    assert len(kernels) == len(_instances(operator)) > 0, sorted(kernels)
+    return {x: [name for name, codes in kernels.items() if not _uses(codes, x)] for x in instructions}
 
 
 @pytest.mark.cuda_build

@@ -1,4 +1,4 @@
-"""The choice between the compiled instances of the Hopper forward, and each of them."""
+"""The choice between the compiled instances of the Hopper kernels, and each of the forward's."""
 
 import cases
 import pytest
@@ -52,6 +52,45 @@ def test_no_tile_holds_it(head_dim, head_dim_v):
 def test_no_multiprocessors():
     with pytest.raises(ValueError, match="multiprocessors"):
         _tilewright.forward_tile(64, 64, multiprocessors=0)
+
+
+@given(
+    head_dim=head_dims,
+    head_dim_v=head_dims,
+    softcap=st.booleans(),
+    seqlen_q=lengths,
+    seqlen_k=lengths,
+    window_left=st.none() | lengths,
+    window_right=st.none() | lengths,
+)
+def test_choice_of_the_backward(head_dim, head_dim_v, **problem):
+    """Every problem up to head_dim 256 gets a tile that holds it, of the head dimensions that the forward would use."""
+    tile = _tilewright.backward_tile(head_dim, head_dim_v, **problem)
+    forward = _tilewright.forward_tile(head_dim, head_dim_v)
+    assert tile["head_dim_v"] == forward["head_dim_v"] or problem["softcap"]
+    assert tile["head_dim"] >= head_dim and tile["head_dim_v"] >= head_dim_v
+    assert tile["tile_m"] % 16 == 0 and tile["tile_n"] % 64 == 0
+
+
+@pytest.mark.cuda_build
+def test_chosen_of_the_backward_are_compiled():
+    """No problem gets a tile that is not there, and each that is there is some problem's."""
+    compiled = {name for name in tilewright.build_info()["kernels"] if name.startswith("backward_")}
+    chosen = set()
+    for head_dim, head_dim_v in tiles.head_dims():
+        for softcap in (False, True):
+            for seqlen in (128, 1024, 16384):
+                tile = _tilewright.backward_tile(head_dim, head_dim_v, softcap, seqlen, seqlen)
+                score = "softcap" if softcap else "none"
+                name = f"{tile['head_dim']}_{tile['head_dim_v']}_{score}_{tile['tile_m']}"
+                chosen |= {f"backward_{dtype}_{name}" for dtype in tiles.DTYPES}
+    assert chosen == compiled
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(264, 64), (64, 264)])
+def test_no_tile_of_the_backward_holds_it(head_dim, head_dim_v):
+    with pytest.raises(ValueError, match="256"):
+        _tilewright.backward_tile(head_dim, head_dim_v)
 
 
 @pytest.mark.cuda_build

@@ -22,4 +22,22 @@ TILEWRIGHT_HOST_DEVICE constexpr int64_t max_packed_tiles(int total_q, int seque
   return total_q / tile + sequences + 2;
 }
 
+// The rows of a packed tensor in parts: those before the first sequence, the sequences, and those behind the last.
+//
+//     first_row[i] = max over j ≤ i of cu_seqlens[j], within the tensor
+//
+// The running maximum keeps the parts disjoint whatever cu_seqlens holds.
+struct PackedParts {
+  const int* first_row;  // (sequences + 1,)
+  int sequences;
+  int total;
+
+  TILEWRIGHT_HOST_DEVICE int count() const { return sequences + 2; }
+  TILEWRIGHT_HOST_DEVICE bool is_sequence(int part) const { return part >= 1 && part <= sequences; }
+  TILEWRIGHT_HOST_DEVICE int begin(int part) const { return part == 0 ? 0 : first_row[part - 1]; }
+  TILEWRIGHT_HOST_DEVICE int length(int part) const {
+    return (part == sequences + 1 ? total : first_row[part]) - begin(part);
+  }
+};
+
 }  // namespace tilewright

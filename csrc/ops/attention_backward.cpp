@@ -6,6 +6,9 @@
 #include "ops/check.h"
 #include "ops/operators.h"
 #include "ops/parallel.h"
+#ifdef TILEWRIGHT_CUDA
+#include "ops/cuda.h"
+#endif
 
 namespace tilewright::ops {
 namespace {
@@ -40,13 +43,21 @@ Argument new_like(const Argument& argument, const char* name) {
   return Argument(name, new_tensor(argument, argument.sizes, argument.rank, argument.dtype));
 }
 
-void run(BackwardCall call, StableIValue* stack) {
-  const Problem problem = check_backward(call);
-  const ForwardCall& forward = call.forward;
+// A device's backward.
+struct Kernel {
+  void (*prepare)(BackwardCall& call, Problem& problem);
+  void (*launch)(const BackwardParams& params, const Argument& q);
+};
+
+void run(BackwardCall call, StableIValue* stack, const Kernel& kernel) {
+  Problem problem = check_backward(call);
   make_contiguous(call.lse);
   make_contiguous(call.dlse);
   if (call.dout.last_stride() != 1) make_contiguous(call.dout);
   if (call.out.last_stride() != 1) make_contiguous(call.out);
+  const double scale = problem.scale;
+  kernel.prepare(call, problem);
+  const ForwardCall& forward = call.forward;
 
   Argument dq = new_like(forward.q, "dq"), dk = new_like(forward.k, "dk"), dv = new_like(forward.v, "dv");
   const int64_t sinks = forward.sinks ? problem.heads_q : 0;
@@ -54,6 +65,8 @@ void run(BackwardCall call, StableIValue* stack) {
 
   BackwardParams params;
   set_inputs(params, forward, problem);
+  params.scale = scale;
+  params.deterministic = forward.options.deterministic;
   params.out = call.out.data();
   params.dout = call.dout.data();
   params.lse = call.lse.data();
@@ -67,7 +80,7 @@ void run(BackwardCall call, StableIValue* stack) {
   params.dq_stride = strides_of(dq);
   params.dk_stride = strides_of(dk);
   params.dv_stride = strides_of(dv);
-  backward_cpu(params, parallel_for);
+  kernel.launch(params, forward.q);
 
   stack[0] = torch::stable::detail::from(*dq.tensor);
   stack[1] = torch::stable::detail::from(*dk.tensor);
@@ -75,9 +88,26 @@ void run(BackwardCall call, StableIValue* stack) {
   stack[3] = torch::stable::detail::from(*dsinks.tensor);
 }
 
+constexpr Kernel kCpu = {
+    [](BackwardCall&, Problem&) {},
+    [](const BackwardParams& params, const Argument&) { backward_cpu(params, parallel_for); },
+};
+#ifdef TILEWRIGHT_CUDA
+constexpr Kernel kCuda = {prepare_backward_cuda, launch_backward_cuda};
+#endif
+
 }  // namespace
 
-void attention_backward_cpu(StableIValue* stack, uint64_t, uint64_t) { run(read(Stack(stack), false), stack); }
-void attention_varlen_backward_cpu(StableIValue* stack, uint64_t, uint64_t) { run(read(Stack(stack), true), stack); }
+void attention_backward_cpu(StableIValue* stack, uint64_t, uint64_t) { run(read(Stack(stack), false), stack, kCpu); }
+void attention_varlen_backward_cpu(StableIValue* stack, uint64_t, uint64_t) {
+  run(read(Stack(stack), true), stack, kCpu);
+}
+
+#ifdef TILEWRIGHT_CUDA
+void attention_backward_cuda(StableIValue* stack, uint64_t, uint64_t) { run(read(Stack(stack), false), stack, kCuda); }
+void attention_varlen_backward_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  run(read(Stack(stack), true), stack, kCuda);
+}
+#endif
 
 }  // namespace tilewright::ops

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/backward/launch.h"
 #include "kernels/forward/launch.h"
 
 namespace tilewright::ops {
@@ -79,6 +80,10 @@ bool tma_can_address(const Argument& argument) {
   return true;
 }
 
+void make_addressable(Argument& argument) {
+  if (!tma_can_address(argument)) argument = contiguous_copy(argument);
+}
+
 }  // namespace
 
 void prepare_inputs_cuda(ForwardCall& call, Problem& problem) {
@@ -92,9 +97,13 @@ void prepare_inputs_cuda(ForwardCall& call, Problem& problem) {
     call.q = negated_copy(call.q);
     problem.scale = -problem.scale;
   }
-  for (Argument* argument : {&call.q, &call.k, &call.v}) {
-    if (!tma_can_address(*argument)) *argument = contiguous_copy(*argument);
-  }
+  for (Argument* argument : {&call.q, &call.k, &call.v}) make_addressable(*argument);
+}
+
+void prepare_backward_cuda(BackwardCall& call, Problem& problem) {
+  prepare_inputs_cuda(call.forward, problem);
+  // out is read without TMA, but 16 bytes at a time as well.
+  for (Argument* argument : {&call.dout, &call.out}) make_addressable(*argument);
 }
 
 size_t workspace_bytes_cuda(const ForwardParams& params, const Argument& q) {
@@ -105,6 +114,16 @@ size_t workspace_bytes_cuda(const ForwardParams& params, const Argument& q) {
 void launch_cuda(const ForwardParams& params, void* workspace, const Argument& q) {
   const DeviceGuard guard(q.device_index);
   check_cuda(forward_sm90(params, workspace, current_stream(q.device_index)), "attention's launch failed");
+}
+
+void launch_backward_cuda(const BackwardParams& params, const Argument& q) {
+  const DeviceGuard guard(q.device_index);
+  const size_t bytes = backward_workspace_bytes(params);
+  // Freed when this returns, and used again only by what comes later on the same stream.
+  const Tensor workspace = new_tensor(q, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
+  void* const memory = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
+  check_cuda(backward_sm90(params, memory, current_stream(q.device_index)),
+             "the launch of attention's backward failed");
 }
 
 }  // namespace tilewright::ops

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/backward/params.h"
 #include "kernels/forward/params.h"
 #include "ops/check.h"
 
@@ -13,5 +14,10 @@ void prepare_inputs_cuda(ForwardCall& call, Problem& problem);
 size_t workspace_bytes_cuda(const ForwardParams& params, const Argument& q);
 // Launches the forward on q's device and PyTorch's current stream there.
 void launch_cuda(const ForwardParams& params, void* workspace, const Argument& q);
+
+// The same for the backward, whose kernels take the sign of the scale beside the copy of q; and its launch, which
+// allocates what it needs beside the tensors.
+void prepare_backward_cuda(BackwardCall& call, Problem& problem);
+void launch_backward_cuda(const BackwardParams& params, const Argument& q);
 
 }  // namespace tilewright::ops

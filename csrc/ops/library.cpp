@@ -38,5 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(tilewright, CUDA, library) {
   using namespace tilewright::ops;
   library.impl("attention", attention_cuda);
   library.impl("attention_varlen", attention_varlen_cuda);
+  library.impl("attention_backward", attention_backward_cuda);
+  library.impl("attention_varlen_backward", attention_varlen_backward_cuda);
 }
 #endif

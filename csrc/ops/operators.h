@@ -12,6 +12,8 @@ Boxed attention_cuda;
 Boxed attention_varlen_cpu;
 Boxed attention_varlen_cuda;
 Boxed attention_backward_cpu;
+Boxed attention_backward_cuda;
 Boxed attention_varlen_backward_cpu;
+Boxed attention_varlen_backward_cuda;
 
 }  // namespace tilewright::ops

@@ -53,6 +53,14 @@ struct OperandA {
 #pragma unroll
     for (int i = 0; i < 4; ++i) steps[step][i] = x;
   }
+  // Packs now what would otherwise be packed just before the product: the accumulator would stay in its registers.
+  __device__ __forceinline__ void pin() {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) asm volatile("" : "+r"(steps[i][x])::"memory");
+    }
+  }
   __device__ __forceinline__ void pack(const Accumulator<kCols>& from) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) pack_step(from, step);

@@ -41,7 +41,8 @@ struct BackwardParams {
   int head_dim_v;
   Window window;
   double scale;
-  double softcap;  // 0: off
+  double softcap;      // 0: off
+  bool deterministic;  // the same bits every run; on the host they are always the same
 };
 
 }  // namespace tilewright

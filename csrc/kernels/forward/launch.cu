@@ -4,8 +4,8 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <atomic>
 
+#include "kernels/device.h"
 #include "kernels/forward/launch_sm90.h"
 #include "kernels/forward/prepare_packed.cuh"
 #include "kernels/forward/select.h"
@@ -45,19 +45,6 @@ Workspace workspace_at(void* memory, const ForwardParams& p, const ForwardTile& 
     w.tiles = reinterpret_cast<PackedTile*>(take(max_packed_tiles(p.seqlen_q, p.batch, tile.tile_m) * kInts));
   }
   return w;
-}
-
-cudaError_t multiprocessors(int& count) {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];  // 0: not asked yet
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  if (device < kMaxDevices) count = known[device].load(std::memory_order_relaxed);
-  if (count > 0) return cudaSuccess;
-  status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess && device < kMaxDevices) known[device].store(count, std::memory_order_relaxed);
-  return status;
 }
 
 // With few tiles a block the static order is as good, and saves the counter's memset. A packed batch's list is only
@@ -164,7 +151,7 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
     const int64_t tiles = max_packed_tiles(params.seqlen_q, params.batch, tile.tile_m) * kernel.order.heads;
     if (tiles > INT32_MAX) return cudaErrorInvalidValue;
     blocks = static_cast<int>(std::min<int64_t>(blocks, tiles));
-    forward::prepare_packed<<<1, forward::kPrepareThreads, 0, stream>>>(
+    forward::prepare_packed<<<1, kPrepareThreads, 0, stream>>>(
         {params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q, params.seqlen_k, tile.tile_m,
          tile.tile_n, params.window, w.next_tile, w.num_tiles, w.first_row, w.first_tile, w.tiles});
     status = cudaGetLastError();

@@ -12,15 +12,9 @@
 #include "ptx/wgmma.h"
 #include "tile/fragment.h"
 #include "tile/pipeline.h"
+#include "tile/unhoisted.h"
 
 namespace tilewright::forward {
-
-// The same number, but what is computed from it is computed where it stands: addresses used once a tile would otherwise
-// take registers from the loop over the blocks.
-__device__ __forceinline__ int unhoisted(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 
 // A warpgroup: 64 rows of each tile, from S to out.
 template <class C>

@@ -1,0 +1,250 @@
+#include "kernels/backward/launch.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "kernels/backward/launch_sm90.h"
+#include "kernels/backward/prepare_packed.cuh"
+#include "kernels/backward/select.h"
+#include "kernels/backward/sinks.cuh"
+#include "kernels/device.h"
+#include "kernels/tensor_map.h"
+
+namespace tilewright {
+namespace {
+
+using backward::KernelParams;
+using backward::Launch;
+using backward::PackedKeyTile;
+using backward::RowParams;
+
+// Heads worked on at the same time should leave Q, dO and the sums of dQ in the L2 cache (50 MB).
+constexpr int64_t kGroupBytes = 32 << 20;
+
+// How a problem is cut up.
+struct Shape {
+  BackwardTile tile;
+  int index;  // in kBackwardTiles
+  bool packed;
+  int64_t head_tiles;  // of queries, of one head; packed: of all parts
+  int64_t row_tiles;   // of all heads
+  int64_t key_tiles;   // of one head; packed: at most, of all parts
+  int64_t heads_kv;    // times batch; packed: heads
+};
+
+// Of a packed batch the host knows the mean length.
+bool choose_shape(const BackwardParams& p, Shape& shape) {
+  shape.packed = p.cu_seqlens_q != nullptr;
+  const int sequences = shape.packed ? std::max(p.batch, 1) : 1;
+  shape.index = select_backward_tile({p.head_dim, p.head_dim_v, p.softcap > 0, ceil_div(p.seqlen_q, sequences),
+                                      ceil_div(p.seqlen_k, sequences), p.window.left, p.window.right});
+  if (shape.index < 0) return false;
+  shape.tile = kBackwardTiles[shape.index];
+  const int batch = shape.packed ? 1 : p.batch;
+  shape.head_tiles =
+      shape.packed ? max_packed_tiles(p.seqlen_q, p.batch, shape.tile.tile_m) : ceil_div(p.seqlen_q, shape.tile.tile_m);
+  shape.key_tiles =
+      shape.packed ? max_packed_tiles(p.seqlen_k, p.batch, shape.tile.tile_n) : ceil_div(p.seqlen_k, shape.tile.tile_n);
+  shape.row_tiles = shape.head_tiles * p.heads_q * batch;
+  shape.heads_kv = int64_t{p.heads_kv} * batch;
+  return shape.row_tiles <= INT32_MAX && shape.key_tiles * shape.heads_kv <= INT32_MAX;
+}
+
+struct Workspace {
+  float* dq_sum;
+  float* lse2;
+  float* delta;
+  int* turns;
+  int* next_tile;
+  int* num_packed;
+  int* first_row_q;
+  int* first_row_k;
+  int* first_tile;
+  PackedKeyTile* tiles;
+  size_t bytes;
+};
+
+Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape) {
+  Workspace w{};
+  const auto take = [&](auto*& to, int64_t count) {
+    constexpr size_t kAlignment = 256;
+    to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(static_cast<char*>(memory) + w.bytes);
+    w.bytes += (count * sizeof(*to) + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  const int64_t rows = shape.row_tiles * shape.tile.tile_m;
+  take(w.dq_sum, rows * shape.tile.head_dim);
+  take(w.lse2, rows);
+  take(w.delta, rows);
+  if (p.deterministic) take(w.turns, shape.row_tiles * (shape.tile.head_dim / 16));
+  take(w.next_tile, 1);
+  if (shape.packed) {
+    take(w.num_packed, 1);
+    take(w.first_row_q, int64_t{p.batch} + 1);
+    take(w.first_row_k, int64_t{p.batch} + 1);
+    take(w.first_tile, int64_t{p.batch} + 3);
+    take(w.tiles, shape.key_tiles);
+  }
+  return w;
+}
+
+KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Workspace& w) {
+  constexpr double kLog2e = 1.4426950408889634;
+  KernelParams kernel{};
+  kernel.lse2 = w.lse2;
+  kernel.delta = w.delta;
+  kernel.dq_sum = w.dq_sum;
+  kernel.turns = shape.row_tiles > 0 ? w.turns : nullptr;
+  kernel.dk = p.dk;
+  kernel.dv = p.dv;
+  kernel.dk_stride = p.dk_stride;
+  kernel.dv_stride = p.dv_stride;
+  kernel.window = p.window;
+  kernel.tiles = static_cast<int>(shape.key_tiles);
+  kernel.head_tiles = static_cast<int>(shape.head_tiles);
+  kernel.packed = w.tiles;
+  kernel.num_packed = w.num_packed;
+  kernel.heads_kv = Divisor::of(p.heads_kv);
+  kernel.group = p.heads_q / p.heads_kv;
+  kernel.seqlen_q = p.seqlen_q;
+  kernel.seqlen_k = p.seqlen_k;
+  kernel.head_dim = p.head_dim;
+  kernel.head_dim_v = p.head_dim_v;
+  // The sign of the scale is in q. A scale of 0 must not meet a masked score of -inf; 1e-30 times any score of 16-bit
+  // elements is as good as 0.
+  const double scale = p.scale == 0 ? 1e-30 : std::abs(p.scale);
+  kernel.scale = static_cast<float>(std::abs(p.scale));
+  kernel.score_scale = p.softcap > 0 ? static_cast<float>(scale / p.softcap) : 0.f;
+  kernel.to_log2 = static_cast<float>((p.softcap > 0 ? p.softcap : scale) * kLog2e);
+  return kernel;
+}
+
+// Key tiles of one length run best one head after the other: the blocks at work then read the same queries at the same
+// time. Others, and those that follow each other in turns, fill each other's gaps with as many heads as the cache
+// holds.
+void choose_order(KernelParams& kernel, const BackwardParams& p, const Shape& shape, int* next_tile, int blocks) {
+  const bool uneven = shape.packed || p.window.right < p.seqlen_k || p.window.left < p.seqlen_k;
+  const int64_t bytes_a_head = int64_t{std::max(p.seqlen_q, 1)} * kernel.group * (6 * p.head_dim + 2 * p.head_dim_v);
+  const int64_t fitting = std::max<int64_t>(1, kGroupBytes / bytes_a_head);
+  constexpr int kBlocksInTurn = 4;
+  int64_t heads = uneven ? fitting : 1;
+  if (kernel.turns) heads = std::max<int64_t>(fitting, blocks / kBlocksInTurn);
+  heads = std::min(heads, shape.heads_kv);
+  kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(std::max<int64_t>(heads, 1)))};
+  // With few tiles a block the static order is as good. Without queries nobody would reset the counter.
+  constexpr int64_t kStaticRounds = 2;
+  const bool many = uneven && shape.key_tiles * shape.heads_kv > blocks * kStaticRounds;
+  const bool dynamic = shape.packed || kernel.turns || (many && shape.row_tiles > 0);
+  kernel.next_tile = dynamic ? next_tile : nullptr;
+}
+
+cudaError_t make_tensor_maps(KernelParams& kernel, const BackwardParams& p, const Shape& shape) {
+  const bool half = p.element == Element::kFloat16;
+  const auto map = [&](CUtensorMap& to, const void* data, int dim, int heads, int rows, const Strides& strides,
+                       int box) {
+    return encode_tensor_map(to, {data, half, dim, heads, rows, p.batch, strides, shape.packed, box});
+  };
+  const int tile_m = shape.tile.tile_m, tile_n = shape.tile.tile_n;
+  cudaError_t status = map(kernel.q, p.q, p.head_dim, p.heads_q, p.seqlen_q, p.q_stride, tile_m);
+  if (status == cudaSuccess) {
+    status = map(kernel.dout, p.dout, p.head_dim_v, p.heads_q, p.seqlen_q, p.dout_stride, tile_m);
+  }
+  if (status == cudaSuccess) status = map(kernel.k, p.k, p.head_dim, p.heads_kv, p.seqlen_k, p.k_stride, tile_n);
+  if (status == cudaSuccess) status = map(kernel.v, p.v, p.head_dim_v, p.heads_kv, p.seqlen_k, p.v_stride, tile_n);
+  return status;
+}
+
+RowParams row_params(const BackwardParams& p, const KernelParams& kernel, const Workspace& w) {
+  RowParams rows{};
+  rows.out = p.out;
+  rows.dout = p.dout;
+  rows.dq = p.dq;
+  rows.out_stride = p.out_stride;
+  rows.dout_stride = p.dout_stride;
+  rows.dq_stride = p.dq_stride;
+  rows.lse = static_cast<const float*>(p.lse);
+  rows.dlse = static_cast<const float*>(p.dlse);
+  rows.sinks = static_cast<const float*>(p.sinks);
+  rows.dsinks = static_cast<float*>(p.dsinks);
+  rows.lse2 = w.lse2;
+  rows.delta = w.delta;
+  rows.dq_sum = w.dq_sum;
+  rows.turns = kernel.turns;
+  if (p.cu_seqlens_q) rows.parts = {w.first_row_q, p.batch, p.seqlen_q};
+  rows.next_tile = kernel.next_tile;
+  rows.batch = p.cu_seqlens_q ? 1 : p.batch;
+  rows.seqlen_q = p.seqlen_q;
+  rows.heads_q = p.heads_q;
+  rows.head_tiles = kernel.head_tiles;
+  rows.head_dim = p.head_dim;
+  rows.head_dim_v = p.head_dim_v;
+  rows.scale = static_cast<float>(p.scale);
+  return rows;
+}
+
+template <class Element, int kIndex = 0>
+cudaError_t launch_tile(const Launch& launch, int index, cudaStream_t stream) {
+  if (index == kIndex) return backward::launch_instance<Element, kIndex>(launch, stream);
+  if constexpr (kIndex + 1 < kNumBackwardTiles) return launch_tile<Element, kIndex + 1>(launch, index, stream);
+  return cudaErrorInvalidValue;
+}
+
+// Without queries no kernel has anything to add up.
+cudaError_t clear_gradients(const BackwardParams& p, cudaStream_t stream) {
+  const int64_t keys = (p.cu_seqlens_k ? 1 : int64_t{p.batch}) * p.seqlen_k * p.heads_kv;
+  cudaError_t status = cudaSuccess;
+  const auto clear = [&](void* data, int64_t bytes) {
+    if (status == cudaSuccess && data && bytes > 0) status = cudaMemsetAsync(data, 0, bytes, stream);
+  };
+  clear(p.dk, keys * p.head_dim * 2);
+  clear(p.dv, keys * p.head_dim_v * 2);
+  clear(p.dsinks, p.heads_q * static_cast<int64_t>(sizeof(float)));
+  return status;
+}
+
+bool has_queries(const BackwardParams& p) { return p.seqlen_q > 0 && (p.cu_seqlens_q || p.batch > 0); }
+
+}  // namespace
+
+size_t backward_workspace_bytes(const BackwardParams& params) {
+  Shape shape{};
+  if (!has_queries(params) || !choose_shape(params, shape)) return 0;
+  return workspace_at(nullptr, params, shape).bytes;
+}
+
+cudaError_t backward_sm90(const BackwardParams& params, void* workspace, cudaStream_t stream) {
+  if (!has_queries(params)) return clear_gradients(params, stream);
+  Shape shape{};
+  int blocks = 0;
+  if (!choose_shape(params, shape)) return cudaErrorInvalidValue;
+  cudaError_t status = multiprocessors(blocks);
+  if (status != cudaSuccess) return status;
+  const Workspace w = workspace_at(workspace, params, shape);
+  Launch launch{};
+  launch.main = kernel_params(params, shape, w);
+  choose_order(launch.main, params, shape, w.next_tile, blocks);
+  launch.rows = row_params(params, launch.main, w);
+  launch.row_tiles = shape.row_tiles;
+  launch.blocks = params.seqlen_k > 0 ? std::min<int64_t>(blocks, shape.key_tiles * shape.heads_kv) : 0;
+  if (launch.blocks > 0) status = make_tensor_maps(launch.main, params, shape);
+  if (status == cudaSuccess && shape.packed) {
+    backward::prepare_packed<<<1, kPrepareThreads, 0, stream>>>(
+        {params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q, params.seqlen_k, shape.tile.tile_m,
+         shape.tile.tile_n, params.window, w.next_tile, w.num_packed, w.first_row_q, w.first_row_k, w.first_tile,
+         w.tiles});
+    status = cudaGetLastError();
+  }
+  if (status != cudaSuccess) return status;
+  status = params.element == Element::kFloat16 ? launch_tile<__half>(launch, shape.index, stream)
+                                               : launch_tile<__nv_bfloat16>(launch, shape.index, stream);
+  if (status == cudaSuccess && params.dsinks) {
+    status = start_overlapping(backward::sum_dsinks, {params.heads_q, backward::kSinkThreads, 0}, stream,
+                               backward::SinkParams{launch.rows, shape.tile.tile_m});
+  }
+  return status;
+}
+
+}  // namespace tilewright

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/backward/rows.cuh"
+#include "kernels/backward/sm90_params.h"
+
+namespace tilewright::backward {
+
+// What one call launches: a block a tile of rows before and after the main kernel.
+struct Launch {
+  KernelParams main;
+  RowParams rows;
+  int64_t blocks;     // of the main kernel
+  int64_t row_tiles;  // of all heads
+};
+
+// Launches the instance of a row of kBackwardTiles; defined in the .cu that CMake makes from instance.cu.in.
+template <class Element, int kIndex>
+cudaError_t launch_instance(const Launch& launch, cudaStream_t stream);
+
+}  // namespace tilewright::backward

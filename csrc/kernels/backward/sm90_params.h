@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cuda.h>
+
+#include "attention/packed_tiles.h"
+#include "attention/query_range.h"
+#include "attention/scheduler.h"
+#include "kernels/backward/params.h"
+#include "kernels/forward/sm90_params.h"
+
+namespace tilewright::backward {
+
+using forward::RowCoordinates;
+
+// A tile of keys of a packed batch. Rows that belong to no sequence have no queries: their gradients are zero.
+struct PackedKeyTile {
+  int first_key;  // within the part
+  int k_begin;    // of the part in the packed tensor
+  int seqlen_k;
+  int q_begin;
+  int seqlen_q;
+  int first_tile;  // of the part in the list of its head's query tiles
+};
+
+// lse, delta and dQ's sums lie in tiles of tile_m rows of one head: tile t of head h of a plain batch b is number
+// (b heads_q + h) head_tiles + t, of a packed one h head_tiles + first_tile + t. A part of a packed tensor starts at
+// first_tile = its first row / tile_m + its number, so that no two share a tile; so there are at most
+// max_packed_tiles() of them.
+TILEWRIGHT_HOST_DEVICE constexpr int packed_first_tile(int first_row, int part, int tile) {
+  return first_row / tile + part;
+}
+
+// What the launch hands to the main kernel.
+struct KernelParams {
+  CUtensorMap q;       // boxes of 64 columns × tile_m rows
+  CUtensorMap dout;    // 64 × tile_m
+  CUtensorMap k;       // 64 × tile_n
+  CUtensorMap v;       // 64 × tile_n
+  const float* lse2;   // (tiles, tile_m): lse log2(e); +inf where a row sees nothing or is no row
+  const float* delta;  // (tiles, tile_m)
+  float* dq_sum;       // (tiles, head_dim / 64, 4, tile_m / 8, 32, 4): in the order of the accumulators, see add_dq
+  int* turns;          // (tiles, head_dim / 64, 4): see TurnOfDq; null where the order of dQ's sums is free
+  void* dk;
+  void* dv;
+  Strides dk_stride;
+  Strides dv_stride;
+  Window window;
+  TileOrder order;              // of tiles of keys
+  int tiles;                    // of keys, of one head; packed: see num_packed
+  int head_tiles;               // of queries, of one head; packed: of all parts
+  int* next_tile;               // the counter of the dynamic order, or null: a static order
+  const PackedKeyTile* packed;  // the work list of a packed batch, or null
+  const int* num_packed;        // its length
+  Divisor heads_kv;
+  int group;  // query heads a key head
+  int seqlen_q;
+  int seqlen_k;
+  int head_dim;
+  int head_dim_v;
+  float scale;
+  float score_scale;  // softcap only: scale / softcap
+  float to_log2;      // scale log2(e); with softcap: softcap log2(e)
+};
+
+// A tile of work, as the producer announces it to the consumers.
+struct TileWork {
+  int first_key;
+  int head_kv;
+  int batch;  // packed: 0
+  int q_begin;
+  int seqlen_q;
+  int k_begin;
+  int seqlen_k;
+  int first_tile;   // of queries: the number of tile 0 of the first head of the group
+  uint32_t number;  // tiles announced before
+  uint32_t loaded;  // tiles of K and V loaded before
+  int next;         // the producer's: the index of the tile after this one
+  bool last;        // no work: the end
+  QueryWalk walk;
+};
+
+// What a warp keeps in shared memory, for registers are scarce. Its lane 0 writes.
+template <int kDsBuffers, int kParts>
+struct WarpNotes {
+  int head;              // of the group
+  int tile[kDsBuffers];  // of queries, whose dS lies in a buffer
+  int* pending[kParts];  // see turns.cuh
+};
+
+}  // namespace tilewright::backward

@@ -1,0 +1,154 @@
+#pragma once
+
+#include "kernels/backward/sm90_config.cuh"
+#include "ptx/mbarrier.h"
+#include "ptx/tma.h"
+#include "tile/unhoisted.h"
+
+namespace tilewright::backward {
+
+// The one thread that schedules the tiles of keys and loads K, V and, for each, the queries' Q, dO, lse and delta.
+template <class C, class Storage>
+struct Producer {
+  const KernelParams& p;
+  Storage& shared;
+  // Registers are scarce: where the producer stands in the rings follows from this counter and the tile's work, which
+  // stays in shared memory.
+  uint32_t steps = 0;  // tiles of Q and dO loaded
+
+  __device__ __forceinline__ void run() {
+    // The order of the sums of dQ is safe only if a block that takes a tile is at work on it (see turns.cuh): there
+    // even the first tile comes from the counter.
+    int index = p.turns ? atomicAdd(p.next_tile, 1) : static_cast<int>(blockIdx.x);
+    uint32_t number = 0, loaded = 0;
+    while (index < (p.packed ? *p.num_packed : p.tiles) * p.order.heads) {
+      TileWork& work = next_slot(number);
+      work.loaded = loaded;
+      work.next = next_index(number + 1);
+      work.last = false;
+      describe(work, index);
+      publish(number);
+      load_tile(work);
+      index = work.next;
+      number = work.number + 1;
+      loaded = work.loaded + (work.walk.count > 0);
+    }
+    next_slot(number).last = true;
+    publish(number);
+  }
+
+  // The dynamic order asks for its next tile before it needs it. The static one goes back and forth over the blocks, so
+  // that no block always gets the longest of a round.
+  __device__ __forceinline__ int next_index(int round) const {
+    if (p.next_tile) return atomicAdd(p.next_tile, 1) + (p.turns ? 0 : unhoisted(gridDim.x));
+    const int blocks = unhoisted(gridDim.x), block = unhoisted(blockIdx.x);
+    return round * blocks + (round % 2 ? blocks - 1 - block : block);
+  }
+
+  // The slot of a block's tile `number`, once the tile that was there is done.
+  __device__ __forceinline__ TileWork& next_slot(uint32_t number) {
+    const int slot = number % C::kTileSlots;
+    ptx::mbarrier_wait(&shared.tile_empty[slot], (number / C::kTileSlots + 1) % 2);
+    shared.tile[slot].number = number;
+    return shared.tile[slot];
+  }
+  __device__ __forceinline__ void publish(uint32_t number) {
+    ptx::mbarrier_arrive(&shared.tile_full[number % C::kTileSlots]);
+  }
+
+  __device__ __forceinline__ void describe(TileWork& work, int index) const {
+    const TileOrder::Tile at = p.order.at(index, p.packed ? *p.num_packed : p.tiles);
+    if (p.packed) {
+      const PackedKeyTile& tile = p.packed[at.tile];
+      work.first_tile = at.head * p.group * p.head_tiles + tile.first_tile;
+      work.head_kv = at.head;
+      work.q_begin = tile.q_begin;
+      work.seqlen_q = tile.seqlen_q;
+      forget_values();
+      work.first_key = tile.first_key;
+      work.k_begin = tile.k_begin;
+      work.seqlen_k = tile.seqlen_k;
+      work.batch = 0;
+    } else {
+      const int batch = p.heads_kv.divide(at.head);
+      work.first_key = at.tile * C::kTileN;
+      work.head_kv = at.head - batch * static_cast<int>(p.heads_kv.divisor);
+      work.batch = batch;
+      work.q_begin = 0;
+      work.seqlen_q = p.seqlen_q;
+      work.k_begin = 0;
+      work.seqlen_k = p.seqlen_k;
+      work.first_tile = at.head * p.group * p.head_tiles;
+    }
+    forget_values();
+    const QueryRange range =
+        QueryRange::of(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileN, C::kTileM);
+    // Downwards and with a fixed order of the sums, blocks follow each other over the queries a step apart.
+    work.walk = p.turns ? QueryWalk::downwards(range) : QueryWalk::upwards(range, work.first_key / C::kTileN);
+  }
+  // What has been written so far is read again where it is used: all of it at once would take too many registers.
+  __device__ __forceinline__ static void forget_values() { asm volatile("" ::: "memory"); }
+
+  // Q_0 V dO_0 K Q_1 dO_1 …: the buffers of Q, dO and V become free before the tile of keys in work is done, K's only
+  // with its last product.
+  __device__ __forceinline__ void load_tile(const TileWork& work) {
+    for (int head = 0; head < p.group; ++head) {
+      for (int step = 0; step < work.walk.count; ++step) {
+        const bool first = head == 0 && step == 0;
+        const int stage = steps % C::kStages;
+        const uint32_t empty_parity = (steps / C::kStages + 1) % 2;
+        const int tile = work.walk.tile_at(step);
+        const int number = work.first_tile + head * p.head_tiles + tile;
+        const int head_q = work.head_kv * p.group + head;
+
+        ptx::mbarrier_wait(&shared.q_empty[stage], empty_parity);
+        ptx::mbarrier_arrive_expect(&shared.q_full[stage], shared.q[0].kBytes + kStatBytes);
+        load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
+        load(shared.q[stage], &p.q, &shared.q_full[stage], head_q, query_rows(work, tile * C::kTileM));
+
+        if (first) load_v(work);
+
+        ptx::mbarrier_wait(&shared.dout_empty[stage], empty_parity);
+        ptx::mbarrier_arrive_expect(&shared.dout_full[stage], shared.dout[0].kBytes + kStatBytes);
+        load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
+        load(shared.dout[stage], &p.dout, &shared.dout_full[stage], head_q, query_rows(work, tile * C::kTileM));
+
+        if (first) load_k(work);
+        ++steps;
+      }
+    }
+  }
+  __device__ __forceinline__ void load_v(const TileWork& work) {
+    ptx::mbarrier_wait(&shared.v_empty, (work.loaded + 1) % 2);
+    ptx::mbarrier_arrive_expect(&shared.v_full, shared.v.kBytes);
+    load(shared.v, &p.v, &shared.v_full, work.head_kv, key_rows(work));
+  }
+  __device__ __forceinline__ void load_k(const TileWork& work) {
+    const int stage = work.loaded % C::kStagesK;
+    ptx::mbarrier_wait(&shared.k_empty[stage], (work.loaded / C::kStagesK + 1) % 2);
+    ptx::mbarrier_arrive_expect(&shared.k_full[stage], shared.k[0].kBytes);
+    load(shared.k[stage], &p.k, &shared.k_full[stage], work.head_kv, key_rows(work));
+  }
+
+  static constexpr uint32_t kStatBytes = C::kTileM * sizeof(float);
+
+  __device__ __forceinline__ RowCoordinates query_rows(const TileWork& work, int row) const {
+    return p.packed ? RowCoordinates::packed(work.q_begin, work.seqlen_q, row) : RowCoordinates::plain(row, work.batch);
+  }
+  __device__ __forceinline__ RowCoordinates key_rows(const TileWork& work) const {
+    return p.packed ? RowCoordinates::packed(work.k_begin, work.seqlen_k, work.first_key)
+                    : RowCoordinates::plain(work.first_key, work.batch);
+  }
+  __device__ __forceinline__ void load_stat(float* to, const float* from, int number, uint64_t* full) {
+    ptx::bulk_load(to, from + int64_t{number} * C::kTileM, kStatBytes, full);
+  }
+  template <class Tile>
+  __device__ __forceinline__ void load(Tile& tile, const CUtensorMap* map, uint64_t* full, int head,
+                                       const RowCoordinates& rows) {
+    for (int i = 0; i < Tile::kChunks; ++i) {
+      ptx::tma_load_5d(tile.chunk(i), map, full, i * 64, head, rows.row, rows.outer, rows.wrap);
+    }
+  }
+};
+
+}  // namespace tilewright::backward

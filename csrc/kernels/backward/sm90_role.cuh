@@ -1,0 +1,158 @@
+#pragma once
+
+#include "kernels/backward/sm90_params.h"
+#include "kernels/backward/turns.cuh"
+#include "ptx/elect.h"
+#include "ptx/ldmatrix.h"
+#include "ptx/mbarrier.h"
+#include "ptx/reduce.h"
+#include "ptx/tma.h"
+#include "ptx/wgmma.h"
+#include "tile/fragment.h"
+#include "tile/store_rows.h"
+#include "tile/unhoisted.h"
+
+namespace tilewright::backward {
+
+// What all consumer warpgroups have in common: where they stand, and their way out to global memory.
+template <class C, class Storage>
+struct ConsumerRole {
+  using Element = typename C::Element;
+  using Scores = Accumulator<C::kTileM>;
+
+  const KernelParams& p;
+  Storage& shared;
+  const int warpgroup;
+
+  // Registers are scarce: where a warpgroup stands in the rings follows from the tile's work and the steps done.
+  const TileWork* current;
+  uint32_t steps = 0;
+
+  __device__ __forceinline__ const TileWork& work() const { return *current; }
+  __device__ __forceinline__ int stage() const { return steps % C::kStages; }
+  __device__ __forceinline__ uint32_t parity() const { return steps / C::kStages % 2; }
+  __device__ __forceinline__ int stage_k() const { return work().loaded % C::kStagesK; }
+  // Of the warpgroup. Read anew for each use: what is computed from it would otherwise take registers all the time.
+  __device__ __forceinline__ static int thread() { return thread_of_all() % 128; }
+  // Of all consumers.
+  __device__ __forceinline__ static int thread_of_all() {
+    unsigned x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    __builtin_assume(x >= 128 && x < 512);
+    return static_cast<int>(x) - 128;
+  }
+  // As if the consumers that hold rows of a tile were one: row() of an accumulator is then that of the tile.
+  __device__ __forceinline__ static int thread_of_tile() { return C::kTileN == 64 ? thread() : thread_of_all(); }
+
+  // One arrival a warp: only then is its own wait surely over.
+  __device__ __forceinline__ void release(uint64_t& empty) {
+    if (ptx::elect_one()) ptx::mbarrier_arrive(&empty);
+  }
+
+  __device__ __forceinline__ auto& notes() { return shared.notes[thread_of_all() / 32]; }
+  __device__ __forceinline__ void begin_head(int head) {
+    __syncwarp();
+    if (thread() % 32 == 0) notes().head = head;
+    __syncwarp();
+  }
+  __device__ __forceinline__ int head() { return notes().head; }
+  // Step i of a head in a tile's work: how many steps come before it, and the number of its tile of queries.
+  __device__ __forceinline__ int steps_before(int i) { return head() * work().walk.count + i; }
+  __device__ __forceinline__ int tile_number(int i) {
+    return work().first_tile + head() * p.head_tiles + work().walk.tile_at(i);
+  }
+
+  __device__ __forceinline__ void first_tile() {
+    if (p.turns && thread() % 32 == 0) {
+      for (int*& counter : notes().pending) counter = nullptr;
+    }
+    wait_tile(0);
+  }
+  __device__ __forceinline__ void next_tile() {
+    const uint32_t number = work().number;
+    __syncwarp();
+    release(shared.tile_empty[number % C::kTileSlots]);
+    wait_tile(number + 1);
+  }
+  __device__ __forceinline__ void wait_tile(uint32_t number) {
+    ptx::mbarrier_wait(&shared.tile_full[number % C::kTileSlots], number / C::kTileSlots % 2);
+    current = &shared.tile[number % C::kTileSlots];
+  }
+  __device__ __forceinline__ void wait_k() {
+    const uint32_t loaded = work().loaded;
+    ptx::mbarrier_wait(&shared.k_full[loaded % C::kStagesK], loaded / C::kStagesK % 2);
+  }
+
+  // dQᵀ = Kᵀ dSᵀ over all keys of the tile: the columns [64 unit, 64 unit + 64) of Q × the tile's queries
+  __device__ __forceinline__ void issue_dQ(Scores& dQ, int unit, int buffer) {
+    const uint32_t k = unhoisted(shared.k[stage_k()].address() + unit * shared.k[0].kChunkBytes);
+    const uint32_t ds = unhoisted(shared.ds[buffer].address());
+#pragma unroll
+    for (int i = 0; i < C::kTileN / 16; ++i) {
+      ptx::Wgmma<Element, C::kTileM>::template ss<ptx::Major::kK, ptx::Major::kMN>(
+          dQ.values, shared.k[0].mn_major(k, i), shared.ds[0].k_major(ds, i), i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // dS of a tile of queries → shared memory, a row a query: the transpose of the fragments.
+  __device__ __forceinline__ void write_dS(const OperandA<Element, C::kTileM>& dS, int buffer) {
+    const int t = thread_of_tile();
+    const int row = t % 32 / 16 * 8 + t % 8;
+    const int piece = t / 32 * 2 + t / 8 % 2;
+    const uint32_t to = shared.ds[buffer].address() + shared.ds[0].piece_offset(row, piece);
+#pragma unroll
+    for (int i = 0; i < dS.kSteps; ++i) {
+      const auto& x = dS.steps[i];
+      ptx::stmatrix_x4_trans(to + i * 16 * 128, x[0], x[1], x[2], x[3]);
+    }
+    ptx::fence_proxy_async();
+  }
+
+  // A unit's sums lie in the order of the accumulators, warp after warp: query 8 j + column(thread) + i % 2, column
+  // 64 unit + row(thread) + i / 2 * 8 are at (unit, warp, j, lane, i).
+  static constexpr int kWarpFloats = 16 * C::kTileM;
+  __device__ __forceinline__ static int64_t part_of_sum(int tile, int unit) {
+    return (int64_t{tile} * C::kUnits + unit) * 4 + thread() / 32;
+  }
+  __device__ __forceinline__ void add_from_registers(const Scores& dQ, int64_t part) {
+    float* to = p.dq_sum + part * kWarpFloats + thread() % 32 * 4;
+#pragma unroll
+    for (int j = 0; j < C::kTileM / 8; ++j) {
+      const float* x = &dQ.values[4 * j];
+      ptx::reduce_add(to + j * 128, x[0], x[1], x[2], x[3]);
+    }
+  }
+
+  // --- turns.cuh ----------------------------------------------------------------------------------------------------
+
+  // By lane 0. `slot`: of the warp's additions in a step.
+  template <bool kBulk>
+  __device__ __forceinline__ void wait_turn(int64_t part, int tile, int slot) {
+    begin_turn<kBulk>(p.turns + part, turn_of<C>(p, work(), tile), notes().pending[slot]);
+  }
+  template <bool kBulk>
+  __device__ __forceinline__ void end_turns() {
+    __syncwarp();
+    if (thread() % 32 != 0) return;
+    for (int*& counter : notes().pending) end_turn<kBulk>(counter);
+  }
+
+  // --- epilogue -----------------------------------------------------------------------------------------------------
+
+  // factor × an accumulator → the rows of the tile's keys, of a tensor of heads_kv × columns.
+  template <int kColumns>
+  __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, void* to,
+                                        const Strides& stride, int columns) {
+    const TileWork& tile = work();
+    const int t = thread_of_tile();
+    const int key = tile.first_key + from.row(t);
+    const int left = tile.seqlen_k - key;
+    const int rows = left <= 0 ? 0 : left <= 8 ? 1 : 2;
+    Element* row = static_cast<Element*>(to) + tile.batch * stride.batch + int64_t{tile.k_begin + key} * stride.row +
+                   tile.head_kv * stride.head;
+    store_rows(from, factor, row, 8 * stride.row, rows, columns, t);
+  }
+};
+
+}  // namespace tilewright::backward
