@@ -68,8 +68,7 @@ struct BackwardProblem {
 constexpr int select_backward_tile_m(int head_dim, const BackwardProblem& problem) {
   const bool full = problem.left >= problem.seqlen_k && problem.right >= problem.seqlen_k;
   const int longest = max_of(problem.seqlen_q, problem.seqlen_k);
-  if (head_dim == 64) return longest <= (full ? 2048 : 4096) ? 64 : 80;
-  return longest <= 512 ? 64 : 80;
+  return longest <= (head_dim == 64 && !full ? 2048 : 512) ? 64 : 80;
 }
 
 // The index in kBackwardTiles of the tile for a problem, -1 if none holds it: of the smallest head dimensions that do.

@@ -41,6 +41,9 @@ struct Config {
   static constexpr int kDsReaders = kUnits < kWarpgroups ? kUnits : kWarpgroups;  // warpgroups a step
   static constexpr int kUnitsEach = (kUnits + kWarpgroups - 1) / kWarpgroups;     // at most, of a warpgroup in a step
   static constexpr int kUnitFloats = 64 * kTileM;
+  // With one unit a warpgroup dQ's product covers exponentials of the warpgroup itself, if there are registers for
+  // both. Three warpgroups cover each other's: there its place between the other products costs more than it brings.
+  static constexpr bool kOverlapDq = kUnits == kWarpgroups && !kVInRegisters;
 
   static_assert(kTileN % 64 == 0 && kWarpgroups >= 2 && kWarpgroups <= 3 && kTileM % 16 == 0);
   static_assert(kWarpgroups * kConsumerRegisters + kProducerRegisters <= (kWarpgroups == 2 ? 504 : 512));

@@ -30,6 +30,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   Accumulator<C::kHeadDimV> dV;
   OperandA<Element, C::kTileM> P;
   OperandA<Element, C::kTileM> dS;
+  OperandA<Element, C::kSoftcap ? C::kTileM : 16> slope;  // of the softcap: 1 - t²
 
   __device__ __forceinline__ void run() {
     this->first_tile();
@@ -48,24 +49,30 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
 
   __device__ __forceinline__ void walk_queries() {
     wait_keys();
-    for (this->begin_head(0); this->head() < p.group; this->begin_head(this->head() + 1)) {
+    this->begin_head(0);
+    int i = 0;
+    int left = count();
+    if constexpr (C::kOverlapDq) {
+      compute_P(i);
 #pragma unroll 1
-      for (int i = 0; i < work().walk.count; ++i) {
-        if (work().walk.is_full(i)) {
-          step<false>(i);
-        } else {
-          step<true>(i);
-        }
-      }
+      for (; left > 1; --left) overlapped_step<false>(i, left);
+      overlapped_step<true>(i, left);
+    } else {
+#pragma unroll 1
+      for (; left > 0; --left) step(i, left);
     }
     if constexpr (!C::kVInRegisters) release(shared.v_empty);
 #pragma unroll 1
-    for (int late = C::kDsBuffers; late > 0; --late) {
-      if (p.group * work().walk.count >= late) finish_dq(steps - late);
+    for (int late = C::kOverlapDq ? 1 : C::kDsBuffers; late > 0; --late) {
       if (p.turns) this->template end_turns<C::kBulk>();
+      if (count() >= late) finish_dq(steps - late);
     }
+    if (p.turns) this->template end_turns<C::kBulk>();
     release(shared.k_empty[stage_k()]);
   }
+
+  // Of the tile of keys. Read anew for each use.
+  __device__ __forceinline__ int count() const { return p.group * work().walk.count; }
 
   __device__ __forceinline__ void wait_keys() {
     this->wait_k();
@@ -82,32 +89,100 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     }
   }
 
-  // Step i of a head: the tile of queries walk.tile_at(i).
+  // Step i of a head, the tile of queries walk.tile_at(i), is step number `steps` of the warpgroup:
   //
-  //     dQ of an earlier step    S = K Qᵀ    P = exp(S - lse)    dP = V dOᵀ    dV += P dO
-  //     dS = P ∘ (dP - delta)    dS → shared memory    dK += dS Q
+  //     S = K Qᵀ    P = exp(S - lse)    dP = V dOᵀ    dV += P dO    dS = P ∘ (dP - delta) → shared memory    dK += dS Q
   //
-  // dQ needs the dS of all warpgroups. Left for the step after the next, it is no reason to wait: the warpgroups drift
-  // apart until the exponentials of one run while the products of another do.
-  template <bool kMasked>
-  __device__ __forceinline__ void step(int i) {
-    if (this->steps_before(i) >= C::kDsBuffers) finish_dq(steps - C::kDsBuffers);
-    OperandA<Element, C::kSoftcap ? C::kTileM : 16> slope;  // of the softcap: 1 - t²
-    {
-      Scores S;
+  // dQ needs the dS of all warpgroups. It comes later, so that nobody waits for it: the warpgroups drift apart until
+  // the exponentials of one run while the products of another do.
+  __device__ __forceinline__ void step(int& i, int left) {
+    if (count() - left >= C::kDsBuffers) finish_dq(steps - C::kDsBuffers);
+    compute_P(i);
+    compute_dS();
+    issue_dK();
+    ptx::wgmma_wait<0>();
+    dK.pin();
+    release(shared.q_empty[stage()]);
+    ++steps;
+    next_query_tile(i);
+  }
+
+  // The same with products of three steps in one row, dK_n S_{n+1} dQ_{n-1}, so that the exponentials of S_{n+1} run
+  // under dQ_{n-1}. P_n is there already.
+  template <bool kLast>
+  __device__ __forceinline__ void overlapped_step(int& i, int left) {
+    compute_dS();
+    issue_dK();
+    const bool late = left < count();
+    const uint32_t before = steps - 1;
+    const int q_stage = stage();
+    ++steps;
+    Scores S;
+    if constexpr (!kLast) {
+      next_query_tile(i);
       ptx::mbarrier_wait(&shared.q_full[stage()], parity());
-      ptx::wgmma_fence();
       S.pin();
       issue_S(S);
-      ptx::wgmma_wait<0>();
-      S.pin();
-      if constexpr (C::kSoftcap) cap_scores(S, slope, p.score_scale);
-      if constexpr (kMasked) {
-        const VisibleQueries queries(p.window, work().seqlen_q, work().seqlen_k);
-        mask_scores(S, queries, work().walk.tile_at(i) * C::kTileM, work().first_key, this->thread_of_tile());
-      }
-      exponentiate(S, P, shared.lse2[stage()], p.to_log2, S.column(thread()));
     }
+    ptx::wgmma_wait<kLast ? 0 : 1>();
+    dK.pin();
+    release(shared.q_empty[q_stage]);
+    // The first time there is nothing to add up yet, and the product of whatever the buffer holds is forgotten: without
+    // a condition the compiler keeps it asynchronous.
+    if (p.turns) this->template end_turns<C::kBulk>();  // of the dQ before
+    if (late) wait_dS(before);
+    Scores dQ;
+    ptx::wgmma_fence();
+    dQ.pin();
+    this->issue_dQ(dQ, warpgroup, before % C::kDsBuffers);
+    if constexpr (!kLast) {
+      ptx::wgmma_wait<1>();
+      S.pin();
+      take_exponentials(S, i);
+    }
+    ptx::wgmma_wait<0>();
+    dQ.pin();
+    if (late) {
+      release(shared.ds_empty[before % C::kDsBuffers]);
+      add_dq(dQ, this->notes().tile[before % C::kDsBuffers], warpgroup);
+    }
+    if constexpr (!kLast) note_tile(i);
+  }
+
+  __device__ __forceinline__ void next_query_tile(int& i) {
+    if (++i < work().walk.count) return;
+    i = 0;
+    this->begin_head(this->head() + 1);
+  }
+  // Where dQ of this step goes.
+  __device__ __forceinline__ void note_tile(int i) {
+    __syncwarp();
+    if (thread() % 32 == 0) this->notes().tile[steps % C::kDsBuffers] = this->tile_number(i);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void compute_P(int i) {
+    Scores S;
+    ptx::mbarrier_wait(&shared.q_full[stage()], parity());
+    ptx::wgmma_fence();
+    S.pin();
+    issue_S(S);
+    ptx::wgmma_wait<0>();
+    S.pin();
+    take_exponentials(S, i);
+    note_tile(i);
+  }
+  __device__ __forceinline__ void take_exponentials(Scores& S, int i) {
+    if constexpr (C::kSoftcap) cap_scores(S, slope, p.score_scale);
+    if (!work().walk.is_full(i)) {
+      const VisibleQueries queries(p.window, work().seqlen_q, work().seqlen_k);
+      mask_scores(S, queries, work().walk.tile_at(i) * C::kTileM, work().first_key, this->thread_of_tile());
+    }
+    exponentiate(S, P, shared.lse2[stage()], p.to_log2, S.column(thread()));
+  }
+
+  // dS, also in shared memory; dV on the way.
+  __device__ __forceinline__ void compute_dS() {
     {
       Scores dP;
       ptx::mbarrier_wait(&shared.dout_full[stage()], parity());
@@ -124,14 +199,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     ptx::wgmma_wait<0>();
     dV.pin();
     release(shared.dout_empty[stage()]);
-    hand_over_dS(this->tile_number(i));
-    ptx::wgmma_fence();
-    dK.pin();
-    issue_dK();
-    ptx::wgmma_wait<0>();
-    dK.pin();
-    release(shared.q_empty[stage()]);
-    ++steps;
+    hand_over_dS();
   }
 
   // --- products -----------------------------------------------------------------------------------------------------
@@ -175,6 +243,8 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
 
   // dK += dS Q
   __device__ __forceinline__ void issue_dK() {
+    ptx::wgmma_fence();
+    dK.pin();
     const uint32_t q = shared.q[stage()].address();
 #pragma unroll
     for (int i = 0; i < C::kTileM / 16; ++i) {
@@ -185,15 +255,16 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
 
   // --- dS and dQ ----------------------------------------------------------------------------------------------------
 
-  // `tile`: of queries.
-  __device__ __forceinline__ void hand_over_dS(int tile) {
-    if (p.turns) this->template end_turns<C::kBulk>();  // of dQ at the beginning of the step
+  __device__ __forceinline__ void hand_over_dS() {
+    if (!C::kOverlapDq && p.turns) this->template end_turns<C::kBulk>();  // of the dQ before
     const int buffer = steps % C::kDsBuffers;
     ptx::mbarrier_wait(&shared.ds_empty[buffer], (steps / C::kDsBuffers + 1) % 2);
     this->write_dS(dS, buffer);
-    if (thread() % 32 == 0) this->notes().tile[buffer] = tile;
     __syncwarp();
     release(shared.ds_full[buffer]);
+  }
+  __device__ __forceinline__ void wait_dS(uint32_t of_step) {
+    ptx::mbarrier_wait(&shared.ds_full[of_step % C::kDsBuffers], of_step / C::kDsBuffers % 2);
   }
 
   // This warpgroup's share of dQ of an earlier step. The units go round the warpgroups from step to step, unless each
@@ -203,7 +274,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     if (C::kUnits % C::kWarpgroups != 0) unit = (warpgroup + of_step) % C::kWarpgroups;
     if (C::kUnits < C::kWarpgroups && unit >= C::kUnits) return;
     const int buffer = of_step % C::kDsBuffers;
-    ptx::mbarrier_wait(&shared.ds_full[buffer], of_step / C::kDsBuffers % 2);
+    wait_dS(of_step);
     const int tile = this->notes().tile[buffer];
     if constexpr (C::kUnits <= C::kWarpgroups) {
       finish_unit(tile, unit, buffer, true);
