@@ -99,11 +99,9 @@ def test_every_kernel_is_there(sass):
 
 @pytest.mark.cuda_build
 def test_sass_of_the_forward(sass):
-    """wgmma for the products, TMA in; TMA out where shared memory has room for the output."""
+    """wgmma for the products, TMA in and out."""
     without = _kernels_without(sass, "forward", "UTMALDG", "UTMASTG")
-    assert not without["UTMALDG"], without["UTMALDG"]
-    from_registers = [name for name in _instances("forward") if int(name.split("_")[2]) >= 192]
-    assert len(without["UTMASTG"]) == len(from_registers), without["UTMASTG"]
+    assert not without["UTMALDG"] and not without["UTMASTG"], without
 
 
 @pytest.mark.cuda_build

@@ -1,5 +1,7 @@
 """The operators inside PyTorch: opcheck, torch.compile, export, autocast, streams, CUDA graphs."""
 
+import concurrent.futures
+
 import cases
 import pytest
 import torch
@@ -30,6 +32,28 @@ def problem(device, dtype=DTYPE, *, packed=False, requires_grad=False):
 def fresh_compiler():
     """The compiler's limit of recompilations is for the cases of one test, not of all that share its source."""
     torch.compiler.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_first_call_of_a_thread(device, packed):
+    """A thread whose first work on the GPU is ours, with all memory out of the allocator's cache."""
+    operator = torch.ops.tilewright.attention_varlen if packed else torch.ops.tilewright.attention
+    gradient = torch.ops.tilewright.attention_varlen_backward if packed else torch.ops.tilewright.attention_backward
+    q, k, v, *rest = problem(device, packed=packed)
+    out, lse = operator(q, k, v, *rest, **KEYWORDS)
+
+    def both():
+        again = operator(q, k, v, *rest, **KEYWORDS)
+        return *again, *gradient(torch.ones_like(out), None, q, k, v, out, lse, *rest, **KEYWORDS)
+
+    expected = both()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        results = thread.submit(gradient, torch.ones_like(out), None, q, k, v, out, lse, *rest, **KEYWORDS).result()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        results = *thread.submit(operator, q, k, v, *rest, **KEYWORDS).result(), *results
+    for result, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, want, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -91,7 +91,15 @@ cudaError_t encode_tensor_map(CUtensorMap& map, const RowTensor& tensor) {
   MapCache::Entry& entry = cache.at(inputs);
   if (std::memcmp(&entry.inputs, &inputs, sizeof(inputs)) != 0) {
     entry.inputs = MapInputs{};
-    if (encode_map(encode, entry.map, inputs) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+    if (encode_map(encode, entry.map, inputs) != CUDA_SUCCESS) {
+      // The driver wants a current context, which a thread without a CUDA call of its own so far does not have (the
+      // first call may be this one, when all memory comes out of a cache): cudaSetDevice gives it the runtime's.
+      int device = 0;
+      if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess ||
+          encode_map(encode, entry.map, inputs) != CUDA_SUCCESS) {
+        return cudaErrorInvalidValue;
+      }
+    }
     entry.inputs = inputs;
   }
   map = entry.map;

@@ -44,7 +44,7 @@ void run(ForwardCall call, StableIValue* stack, const Kernel& kernel) {
 #ifdef TILEWRIGHT_CUDA
   if (call.q.is_cuda()) prepare_inputs_cuda(call, problem);
 #endif
-  ForwardParams params;
+  ForwardParams params{};
   set_inputs(params, call, problem);
 
   const int64_t batch = problem.batch, seqlen = problem.seqlen_q, heads = problem.heads_q, dim = problem.head_dim_v;

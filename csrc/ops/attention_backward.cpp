@@ -63,7 +63,7 @@ void run(BackwardCall call, StableIValue* stack, const Kernel& kernel) {
   const int64_t sinks = forward.sinks ? problem.heads_q : 0;
   Argument dsinks("dsinks", new_tensor(forward.q, {sinks}, problem.lse_dtype));
 
-  BackwardParams params;
+  BackwardParams params{};
   set_inputs(params, forward, problem);
   params.scale = scale;
   params.deterministic = forward.options.deterministic;
