@@ -5,8 +5,9 @@ Two ways on a GPU, chosen for all versions of a row at once by the fastest of th
 - a call of 50 us and more: the L2 is flushed by writing 256 MB (not timed), then one call between two events. A short
   sleep on the device at the start of each round lets the host run ahead, so that no host time is measured: neither of a
   launch nor of autograd, through which every backward goes.
-- a shorter call: a CUDA graph of 12 calls over 4 sets of inputs in turn, between two events, divided by 12. The L2 is
-  not flushed between them: what fits stays there, as it would after the projection that has just written q, k and v.
+- a shorter call, unless it goes through autograd: a CUDA graph of 12 calls over 4 sets of inputs in turn, between two
+  events, divided by 12. The L2 is not flushed between them: what fits stays there, as it would after the projection that
+  has just written q, k and v.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Timer:
 
     def __init__(self, device: str, through_autograd: bool = False):
         self.cuda = device != "cpu"
+        self.graphs = self.cuda and not through_autograd
         self.sleep_cycles = SLEEP_CYCLES_THROUGH_AUTOGRAD if through_autograd else SLEEP_CYCLES
         self.clock = SmClock() if self.cuda else None
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
@@ -71,7 +73,7 @@ class Timer:
         if not self.cuda:
             timing.method = "host clock"
             self._run_rounds(timing, {n: _host_timed(v) for n, v in first.items()}, estimates, budget_s)
-        elif min(estimates.values()) < GRAPH_BELOW_S:
+        elif self.graphs and min(estimates.values()) < GRAPH_BELOW_S:
             timing.method = f"CUDA graph of {GRAPH_CALLS} calls, {INPUT_SETS} input sets, L2 not flushed"
             graphs = {}
             for name in first:
@@ -198,7 +200,6 @@ def _capture(make: MakeVersion) -> torch.cuda.CUDAGraph:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        # Made here, because a backward runs on the stream that its forward ran on.
         versions = [make(index) for index in range(INPUT_SETS)]
         for version in versions:
             with version.context():
