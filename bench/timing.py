@@ -6,8 +6,8 @@ Two ways on a GPU, chosen for all versions of a row at once by the fastest of th
   sleep on the device at the start of each round lets the host run ahead, so that no host time is measured: neither of a
   launch nor of autograd, through which every backward goes.
 - a shorter call, unless it goes through autograd: a CUDA graph of 12 calls over 4 sets of inputs in turn, between two
-  events, divided by 12. The L2 is not flushed between them: what fits stays there, as it would after the projection that
-  has just written q, k and v.
+  events, divided by 12. The L2 is not flushed between them: what fits stays there, as it would after the projection
+  that has just written q, k and v.
 """
 
 from __future__ import annotations
