@@ -166,7 +166,7 @@ def _standard_table(work: str, gpu: str, dtype: str, entry: dict) -> str:
         of_seqlen = {row["seqlen"]: row for row in rows if row["group"] == group}
         cells = [_ours_and_best(of_seqlen.get(seqlen)) for seqlen in seqlens]
         found = to_best.get(group)
-        cells += [f"**{found[1]:.2f}**", f"{found[2]['ratio']:.2f}"] if found else ["", ""]
+        cells += [f"**{found[1]:.3f}**", f"{found[2]['ratio']:.3f}"] if found else ["", ""]
         if derived:
             cells.append(f"{to_fa3[group][1]:.2f}" if group in to_fa3 else "")
         lines.append(f"| {group.replace('d ', 'head_dim ', 1)} | " + " | ".join(cells) + " |")
@@ -205,7 +205,7 @@ def _set_lines(name: str, entry: dict) -> list[str]:
         if rows:
             mean, worst = report.geometric_mean([value(row) for row in rows]), min(rows, key=value)
             place = f"{worst['mask']}, {worst['shape']}"
-            lines.append(f"| {title}: {what} | {len(rows)} | {mean:.2f} | {value(worst):.2f} ({place}) |")
+            lines.append(f"| {title}: {what} | {len(rows)} | {mean:.3f} | {value(worst):.3f} ({place}) |")
     return lines
 
 
