@@ -100,6 +100,9 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     compute_P(i);
     compute_dS();
     issue_dK();
+    ptx::wgmma_wait<1>();
+    dV.pin();
+    release(shared.dout_empty[stage()]);
     ptx::wgmma_wait<0>();
     dK.pin();
     release(shared.q_empty[stage()]);
@@ -115,8 +118,11 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     issue_dK();
     const bool late = left < count();
     const uint32_t before = steps - 1;
-    const int q_stage = stage();
+    const int done = stage();
     ++steps;
+    ptx::wgmma_wait<1>();
+    dV.pin();
+    release(shared.dout_empty[done]);
     Scores S;
     if constexpr (!kLast) {
       next_query_tile(i);
@@ -126,7 +132,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     }
     ptx::wgmma_wait<kLast ? 0 : 1>();
     dK.pin();
-    release(shared.q_empty[q_stage]);
+    release(shared.q_empty[done]);
     // The first time there is nothing to add up yet, and the product of whatever the buffer holds is forgotten: without
     // a condition the compiler keeps it asynchronous.
     if (p.turns) this->template end_turns<C::kBulk>();  // of the dQ before
@@ -181,7 +187,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     exponentiate(S, P, shared.lse2[stage()], p.to_log2, S.column(thread()));
   }
 
-  // dS, also in shared memory; dV on the way.
+  // dS, also in shared memory. dV is still on its way.
   __device__ __forceinline__ void compute_dS() {
     {
       Scores dP;
@@ -196,9 +202,6 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
       differentiate<C::kPackedProduct>(dP, P, dS, shared.delta[stage()], dP.column(thread()));
     }
     if constexpr (C::kSoftcap) multiply(dS, slope);
-    ptx::wgmma_wait<0>();
-    dV.pin();
-    release(shared.dout_empty[stage()]);
     hand_over_dS();
   }
 
