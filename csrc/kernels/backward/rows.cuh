@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
     out[i] = there ? __ldcs(row_of(p.out, p.out_stride, row)) : make_uint4(0, 0, 0, 0);
     dout[i] = there ? *row_of(p.dout, p.dout_stride, row) : make_uint4(0, 0, 0, 0);
   }
-  if (p.turns && threadIdx.x < kHeadDim / 16) p.turns[int64_t{tile.number} * (kHeadDim / 16) + threadIdx.x] = 0;
+  if (p.turns && threadIdx.x == 0) p.turns[tile.number] = 0;
   float4* sums = reinterpret_cast<float4*>(p.dq_sum + int64_t{tile.number} * kTileM * kHeadDim);
 #pragma unroll 4
   for (int i = threadIdx.x; rows > 0 && i < kTileM * kHeadDim / 4; i += kRowThreads)

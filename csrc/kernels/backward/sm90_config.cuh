@@ -68,8 +68,9 @@ struct SharedStorage {
   uint64_t dout_full[C::kStages], dout_empty[C::kStages];  // dO and delta
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
+  uint64_t turn_full[2], added[2], counted[2];  // see turns.cuh
   TileWork tile[C::kTileSlots];
-  WarpNotes<C::kDsBuffers, C::kUnitsEach> notes[C::kWarpgroups * 4];
+  WarpNotes<C::kDsBuffers> notes[C::kWarpgroups * 4];
 };
 
 }  // namespace tilewright::backward

@@ -39,7 +39,7 @@ struct KernelParams {
   const float* lse2;   // (tiles, tile_m): lse log2(e); +inf where a row sees nothing or is no row
   const float* delta;  // (tiles, tile_m)
   float* dq_sum;       // (tiles, head_dim / 64, 4, tile_m / 8, 32, 4): in the order of the accumulators, see add_dq
-  int* turns;          // (tiles, head_dim / 64, 4): see TurnOfDq; null where the order of dQ's sums is free
+  int* turns;          // (tiles,): see turns.cuh; null where the order of dQ's sums is free
   void* dk;
   void* dv;
   Strides dk_stride;
@@ -80,11 +80,11 @@ struct TileWork {
 };
 
 // What a warp keeps in shared memory, for registers are scarce. Its lane 0 writes.
-template <int kDsBuffers, int kParts>
+template <int kDsBuffers>
 struct WarpNotes {
   int head;              // of the group
   int tile[kDsBuffers];  // of queries, whose dS lies in a buffer
-  int* pending[kParts];  // see turns.cuh
+  uint32_t pending;      // 1 + the step whose addition by a bulk copy is not yet done, or 0
 };
 
 }  // namespace tilewright::backward

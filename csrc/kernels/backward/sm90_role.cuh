@@ -63,9 +63,7 @@ struct ConsumerRole {
   }
 
   __device__ __forceinline__ void first_tile() {
-    if (p.turns && thread() % 32 == 0) {
-      for (int*& counter : notes().pending) counter = nullptr;
-    }
+    if (p.turns && thread() % 32 == 0) notes().pending = 0;
     wait_tile(0);
   }
   __device__ __forceinline__ void next_tile() {
@@ -126,16 +124,22 @@ struct ConsumerRole {
 
   // --- turns.cuh ----------------------------------------------------------------------------------------------------
 
-  // By lane 0. `slot`: of the warp's additions in a step.
-  template <bool kBulk>
-  __device__ __forceinline__ void wait_turn(int64_t part, int tile, int slot) {
-    begin_turn<kBulk>(p.turns + part, turn_of<C>(p, work(), tile), notes().pending[slot]);
+  __device__ __forceinline__ void wait_turn(uint32_t of_step) {
+    if (p.turns) ptx::mbarrier_wait(&shared.turn_full[of_step % 2], of_step / 2 % 2);
   }
-  template <bool kBulk>
-  __device__ __forceinline__ void end_turns() {
+  // All of this warp's additions of a step are done.
+  __device__ __forceinline__ void end_turn(uint32_t of_step) {
+    if (!p.turns) return;
     __syncwarp();
-    if (thread() % 32 != 0) return;
-    for (int*& counter : notes().pending) end_turn<kBulk>(counter);
+    release(shared.added[of_step % 2]);
+  }
+  // Of a bulk copy that lane 0 has left pending.
+  __device__ __forceinline__ void end_pending_turn() {
+    __syncwarp();
+    if (thread() % 32 != 0 || notes().pending == 0) return;
+    ptx::bulk_wait_group();
+    ptx::mbarrier_arrive(&shared.added[(notes().pending - 1) % 2]);
+    notes().pending = 0;
   }
 
   // --- epilogue -----------------------------------------------------------------------------------------------------

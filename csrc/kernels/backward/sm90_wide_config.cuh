@@ -56,8 +56,9 @@ struct WideStorage {
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
   uint64_t p_full;
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
+  uint64_t turn_full[2], added[2], counted[2];  // see turns.cuh
   TileWork tile[C::kTileSlots];
-  WarpNotes<C::kDsBuffers, 1> notes[8];
+  WarpNotes<C::kDsBuffers> notes[8];
 };
 
 }  // namespace tilewright::backward
