@@ -169,13 +169,16 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
 #pragma unroll 4
   for (int i = threadIdx.x; i < kTileM * kHeadDim / 4; i += kRowThreads) {
     const float4 x = __ldcs(&sums[i]);
-    const int lane = i % 32, j = i / 32 % (kTileM / 8), warp = i / (4 * kTileM);  // of all units
-    const int query = 8 * j + lane % 4 * 2;
-    const int column = warp * 16 + lane / 4;
-    rows[query][column] = static_cast<Element>(x.x * p.scale);
-    rows[query + 1][column] = static_cast<Element>(x.y * p.scale);
-    rows[query][column + 8] = static_cast<Element>(x.z * p.scale);
-    rows[query + 1][column + 8] = static_cast<Element>(x.w * p.scale);
+    constexpr bool kByRows = dq_by_rows(kHeadDim, kTileM);
+    constexpr int kColumns = kByRows ? kHeadDim : kTileM;                             // of the accumulators
+    const int lane = i % 32, j = i / 32 % (kColumns / 8), warp = i / (4 * kColumns);  // of all units
+    const int across = 8 * j + lane % 4 * 2;
+    const int down = warp * 16 + lane / 4;
+    const auto at = [&](int d, int a) -> Element& { return kByRows ? rows[d][a] : rows[a][d]; };
+    at(down, across) = static_cast<Element>(x.x * p.scale);
+    at(down, across + 1) = static_cast<Element>(x.y * p.scale);
+    at(down + 8, across) = static_cast<Element>(x.z * p.scale);
+    at(down + 8, across + 1) = static_cast<Element>(x.w * p.scale);
   }
   __syncthreads();
 #pragma unroll 4

@@ -137,7 +137,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     // a condition the compiler keeps it asynchronous.
     if (C::kBulk && p.turns) this->end_pending_turn();  // of the dQ before
     if (late) wait_dS(before);
-    Scores dQ;
+    typename Base::DqUnit dQ;
     ptx::wgmma_fence();
     dQ.pin();
     this->issue_dQ(dQ, warpgroup, before % C::kDsBuffers);
@@ -294,7 +294,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   }
   __device__ __forceinline__ void finish_unit(int tile, int unit, uint32_t of_step, bool last) {
     const int buffer = of_step % C::kDsBuffers;
-    Scores dQ;
+    typename Base::DqUnit dQ;
     ptx::wgmma_fence();
     dQ.pin();
     this->issue_dQ(dQ, unit, buffer);
@@ -304,7 +304,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     add_dq(dQ, tile, unit, of_step);
   }
 
-  __device__ __forceinline__ void add_dq(const Scores& dQ, int tile, int unit, uint32_t of_step) {
+  __device__ __forceinline__ void add_dq(const typename Base::DqUnit& dQ, int tile, int unit, uint32_t of_step) {
     const int t = thread();
     const int64_t part = this->part_of_sum(tile, unit);
     if constexpr (C::kBulk) {
@@ -314,7 +314,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
       if (t % 32 == 0) ptx::bulk_wait_group_read();
       __syncwarp();
 #pragma unroll
-      for (int j = 0; j < C::kTileM / 8; ++j) {
+      for (int j = 0; j < dQ.kColumns / 8; ++j) {
         const float* x = &dQ.values[4 * j];
         *reinterpret_cast<float4*>(staged + j * 128 + t % 32 * 4) = make_float4(x[0], x[1], x[2], x[3]);
       }

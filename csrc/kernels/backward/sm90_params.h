@@ -12,6 +12,10 @@ namespace tilewright::backward {
 
 using forward::RowCoordinates;
 
+// dQ of a step comes in units, a product each: 64 columns of Q × all its queries, transposed as everything else. With
+// as many queries as two products take and 64 columns in all, 64 queries × all columns instead.
+TILEWRIGHT_HOST_DEVICE constexpr bool dq_by_rows(int head_dim, int tile_m) { return head_dim == 64 && tile_m == 128; }
+
 // A tile of keys of a packed batch. Rows that belong to no sequence have no queries: their gradients are zero.
 struct PackedKeyTile {
   int first_key;  // within the part

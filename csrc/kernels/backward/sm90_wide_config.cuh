@@ -31,6 +31,7 @@ struct WideConfig {
   static constexpr int kProducerRegisters = 24;
 
   // dQᵀ of a step comes in units of 64 columns of Q, half of them for each warpgroup.
+  static constexpr bool kDqByRows = false;
   static constexpr int kUnits = kHeadDim / 64;
   static constexpr int kUnitsEach = kUnits / 2;
   static constexpr int kUnitFloats = 64 * kTileM;

@@ -51,11 +51,11 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
 
   // This warpgroup's half of dQ: the units from first_unit() on.
   struct HalfOfDq {
-    Scores units[C::kUnitsEach];
+    typename Base::DqUnit units[C::kUnitsEach];
 
     __device__ __forceinline__ void pin() {
 #pragma unroll
-      for (Scores& unit : units) unit.pin();
+      for (auto& unit : units) unit.pin();
     }
   };
   __device__ __forceinline__ int first_unit() const { return warpgroup * C::kUnitsEach; }
