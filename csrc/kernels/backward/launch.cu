@@ -79,7 +79,7 @@ Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape
   take(w.dq_sum, rows * shape.tile.head_dim);
   take(w.lse2, rows);
   take(w.delta, rows);
-  if (p.deterministic) take(w.turns, shape.row_tiles * (shape.tile.head_dim / 16));
+  if (p.deterministic) take(w.turns, shape.row_tiles);
   take(w.next_tile, 1);
   if (shape.packed) {
     take(w.num_packed, 1);

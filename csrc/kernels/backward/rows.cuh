@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
     out[i] = there ? __ldcs(row_of(p.out, p.out_stride, row)) : make_uint4(0, 0, 0, 0);
     dout[i] = there ? *row_of(p.dout, p.dout_stride, row) : make_uint4(0, 0, 0, 0);
   }
-  if (p.turns && threadIdx.x < kHeadDim / 16) p.turns[int64_t{tile.number} * (kHeadDim / 16) + threadIdx.x] = 0;
+  if (p.turns && threadIdx.x == 0) p.turns[tile.number] = 0;
   float4* sums = reinterpret_cast<float4*>(p.dq_sum + int64_t{tile.number} * kTileM * kHeadDim);
 #pragma unroll 4
   for (int i = threadIdx.x; rows > 0 && i < kTileM * kHeadDim / 4; i += kRowThreads)
@@ -169,13 +169,16 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
 #pragma unroll 4
   for (int i = threadIdx.x; i < kTileM * kHeadDim / 4; i += kRowThreads) {
     const float4 x = __ldcs(&sums[i]);
-    const int lane = i % 32, j = i / 32 % (kTileM / 8), warp = i / (4 * kTileM);  // of all units
-    const int query = 8 * j + lane % 4 * 2;
-    const int column = warp * 16 + lane / 4;
-    rows[query][column] = static_cast<Element>(x.x * p.scale);
-    rows[query + 1][column] = static_cast<Element>(x.y * p.scale);
-    rows[query][column + 8] = static_cast<Element>(x.z * p.scale);
-    rows[query + 1][column + 8] = static_cast<Element>(x.w * p.scale);
+    constexpr bool kByRows = dq_by_rows(kHeadDim, kTileM);
+    constexpr int kColumns = kByRows ? kHeadDim : kTileM;                             // of the accumulators
+    const int lane = i % 32, j = i / 32 % (kColumns / 8), warp = i / (4 * kColumns);  // of all units
+    const int across = 8 * j + lane % 4 * 2;
+    const int down = warp * 16 + lane / 4;
+    const auto at = [&](int d, int a) -> Element& { return kByRows ? rows[d][a] : rows[a][d]; };
+    at(down, across) = static_cast<Element>(x.x * p.scale);
+    at(down, across + 1) = static_cast<Element>(x.y * p.scale);
+    at(down + 8, across) = static_cast<Element>(x.z * p.scale);
+    at(down + 8, across + 1) = static_cast<Element>(x.w * p.scale);
   }
   __syncthreads();
 #pragma unroll 4

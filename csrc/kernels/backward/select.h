@@ -37,6 +37,7 @@ constexpr BackwardTile kBackwardTiles[] = {
     {192, 128, true, 48, 128, 2, 1, false, AddDq::kRegisters},
     {256, 256, false, 64, 64, 2, 1, false, AddDq::kRegisters},
     {256, 256, true, 64, 64, 2, 1, false, AddDq::kRegisters},
+    {64, 64, false, 128, 128, 2, 2, false, AddDq::kBulk},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 

@@ -52,7 +52,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     }
     for (int i = 0; i < C::kTileSlots; ++i) {
       ptx::mbarrier_init(&shared.tile_full[i], 1);
-      ptx::mbarrier_init(&shared.tile_empty[i], kWarps);
+      ptx::mbarrier_init(&shared.tile_empty[i], p.turns ? kWarps + 2 : kWarps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(&shared.turn_full[i], 1);
+      ptx::mbarrier_init(&shared.added[i], kWarps);
+      ptx::mbarrier_init(&shared.counted[i], 1);
     }
     ptx::fence_mbarrier_init();
   }
@@ -64,6 +69,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     ptx::registers_decrease<C::kProducerRegisters>();
     if (threadIdx.x == 0) {
       Producer<C, SharedStorage<C>>{p, shared}.run();
+    } else if (p.turns && threadIdx.x == 32) {
+      TurnKeeper<C, SharedStorage<C>>{p, shared}.announce();
+    } else if (p.turns && threadIdx.x == 64) {
+      TurnKeeper<C, SharedStorage<C>>{p, shared}.count();
     }
   } else {
     ptx::registers_increase<C::kConsumerRegisters>();

@@ -36,11 +36,11 @@ struct Config {
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
 
-  // dQᵀ of a step comes in units of 64 columns of Q.
-  static constexpr int kUnits = kHeadDim / 64;
+  static constexpr bool kDqByRows = dq_by_rows(kHeadDim, kTileM);
+  static constexpr int kUnits = kDqByRows ? kTileM / 64 : kHeadDim / 64;          // of dQ
   static constexpr int kDsReaders = kUnits < kWarpgroups ? kUnits : kWarpgroups;  // warpgroups a step
   static constexpr int kUnitsEach = (kUnits + kWarpgroups - 1) / kWarpgroups;     // at most, of a warpgroup in a step
-  static constexpr int kUnitFloats = 64 * kTileM;
+  static constexpr int kUnitFloats = kTileM * kHeadDim / kUnits;
   // With one unit a warpgroup dQ's product covers exponentials of the warpgroup itself, if there are registers for
   // both. Three warpgroups cover each other's: there its place between the other products costs more than it brings.
   static constexpr bool kOverlapDq = kUnits == kWarpgroups && !kVInRegisters;
@@ -68,8 +68,9 @@ struct SharedStorage {
   uint64_t dout_full[C::kStages], dout_empty[C::kStages];  // dO and delta
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
+  uint64_t turn_full[2], added[2], counted[2];  // see turns.cuh
   TileWork tile[C::kTileSlots];
-  WarpNotes<C::kDsBuffers, C::kUnitsEach> notes[C::kWarpgroups * 4];
+  WarpNotes<C::kDsBuffers> notes[C::kWarpgroups * 4];
 };
 
 }  // namespace tilewright::backward

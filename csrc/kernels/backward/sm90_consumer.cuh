@@ -64,10 +64,10 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     if constexpr (!C::kVInRegisters) release(shared.v_empty);
 #pragma unroll 1
     for (int late = C::kOverlapDq ? 1 : C::kDsBuffers; late > 0; --late) {
-      if (p.turns) this->template end_turns<C::kBulk>();
+      if (C::kBulk && p.turns) this->end_pending_turn();
       if (count() >= late) finish_dq(steps - late);
     }
-    if (p.turns) this->template end_turns<C::kBulk>();
+    if (C::kBulk && p.turns) this->end_pending_turn();
     release(shared.k_empty[stage_k()]);
   }
 
@@ -100,6 +100,9 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     compute_P(i);
     compute_dS();
     issue_dK();
+    ptx::wgmma_wait<1>();
+    dV.pin();
+    release(shared.dout_empty[stage()]);
     ptx::wgmma_wait<0>();
     dK.pin();
     release(shared.q_empty[stage()]);
@@ -115,8 +118,11 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     issue_dK();
     const bool late = left < count();
     const uint32_t before = steps - 1;
-    const int q_stage = stage();
+    const int done = stage();
     ++steps;
+    ptx::wgmma_wait<1>();
+    dV.pin();
+    release(shared.dout_empty[done]);
     Scores S;
     if constexpr (!kLast) {
       next_query_tile(i);
@@ -126,12 +132,12 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     }
     ptx::wgmma_wait<kLast ? 0 : 1>();
     dK.pin();
-    release(shared.q_empty[q_stage]);
+    release(shared.q_empty[done]);
     // The first time there is nothing to add up yet, and the product of whatever the buffer holds is forgotten: without
     // a condition the compiler keeps it asynchronous.
-    if (p.turns) this->template end_turns<C::kBulk>();  // of the dQ before
+    if (C::kBulk && p.turns) this->end_pending_turn();  // of the dQ before
     if (late) wait_dS(before);
-    Scores dQ;
+    typename Base::DqUnit dQ;
     ptx::wgmma_fence();
     dQ.pin();
     this->issue_dQ(dQ, warpgroup, before % C::kDsBuffers);
@@ -144,7 +150,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     dQ.pin();
     if (late) {
       release(shared.ds_empty[before % C::kDsBuffers]);
-      add_dq(dQ, this->notes().tile[before % C::kDsBuffers], warpgroup);
+      add_dq(dQ, this->notes().tile[before % C::kDsBuffers], warpgroup, before);
     }
     if constexpr (!kLast) note_tile(i);
   }
@@ -181,7 +187,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     exponentiate(S, P, shared.lse2[stage()], p.to_log2, S.column(thread()));
   }
 
-  // dS, also in shared memory; dV on the way.
+  // dS, also in shared memory. dV is still on its way.
   __device__ __forceinline__ void compute_dS() {
     {
       Scores dP;
@@ -196,9 +202,6 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
       differentiate<C::kPackedProduct>(dP, P, dS, shared.delta[stage()], dP.column(thread()));
     }
     if constexpr (C::kSoftcap) multiply(dS, slope);
-    ptx::wgmma_wait<0>();
-    dV.pin();
-    release(shared.dout_empty[stage()]);
     hand_over_dS();
   }
 
@@ -256,7 +259,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   // --- dS and dQ ----------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void hand_over_dS() {
-    if (!C::kOverlapDq && p.turns) this->template end_turns<C::kBulk>();  // of the dQ before
+    if (C::kBulk && !C::kOverlapDq && p.turns) this->end_pending_turn();  // of the dQ before
     const int buffer = steps % C::kDsBuffers;
     ptx::mbarrier_wait(&shared.ds_empty[buffer], (steps / C::kDsBuffers + 1) % 2);
     this->write_dS(dS, buffer);
@@ -272,34 +275,38 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   __device__ __forceinline__ void finish_dq(uint32_t of_step) {
     int unit = warpgroup;
     if (C::kUnits % C::kWarpgroups != 0) unit = (warpgroup + of_step) % C::kWarpgroups;
-    if (C::kUnits < C::kWarpgroups && unit >= C::kUnits) return;
+    if (C::kUnits < C::kWarpgroups && unit >= C::kUnits) {
+      this->wait_turn(of_step);
+      this->end_turn(of_step);
+      return;
+    }
     const int buffer = of_step % C::kDsBuffers;
     wait_dS(of_step);
     const int tile = this->notes().tile[buffer];
     if constexpr (C::kUnits <= C::kWarpgroups) {
-      finish_unit(tile, unit, buffer, true);
+      finish_unit(tile, unit, of_step, true);
     } else {
 #pragma unroll 1
       for (; unit < C::kUnits; unit += C::kWarpgroups) {
-        finish_unit(tile, unit, buffer, unit + C::kWarpgroups >= C::kUnits);
+        finish_unit(tile, unit, of_step, unit + C::kWarpgroups >= C::kUnits);
       }
     }
   }
-  __device__ __forceinline__ void finish_unit(int tile, int unit, int buffer, bool last) {
-    Scores dQ;
+  __device__ __forceinline__ void finish_unit(int tile, int unit, uint32_t of_step, bool last) {
+    const int buffer = of_step % C::kDsBuffers;
+    typename Base::DqUnit dQ;
     ptx::wgmma_fence();
     dQ.pin();
     this->issue_dQ(dQ, unit, buffer);
     ptx::wgmma_wait<0>();
     dQ.pin();
     if (last) release(shared.ds_empty[buffer]);
-    add_dq(dQ, tile, unit);
+    add_dq(dQ, tile, unit, of_step);
   }
 
-  __device__ __forceinline__ void add_dq(const Scores& dQ, int tile, int unit) {
+  __device__ __forceinline__ void add_dq(const typename Base::DqUnit& dQ, int tile, int unit, uint32_t of_step) {
     const int t = thread();
     const int64_t part = this->part_of_sum(tile, unit);
-    const int slot = C::kUnitsEach > 1 ? unit / C::kWarpgroups : 0;
     if constexpr (C::kBulk) {
       // Each warp by itself: its first lane knows when its last addition has read the buffer.
       constexpr int kWarpFloats = Base::kWarpFloats;
@@ -307,23 +314,25 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
       if (t % 32 == 0) ptx::bulk_wait_group_read();
       __syncwarp();
 #pragma unroll
-      for (int j = 0; j < C::kTileM / 8; ++j) {
+      for (int j = 0; j < dQ.kColumns / 8; ++j) {
         const float* x = &dQ.values[4 * j];
         *reinterpret_cast<float4*>(staged + j * 128 + t % 32 * 4) = make_float4(x[0], x[1], x[2], x[3]);
       }
       ptx::fence_proxy_async();
       __syncwarp();
+      this->wait_turn(of_step);
       if (t % 32 == 0) {
-        if (p.turns) this->template wait_turn<true>(part, tile, slot);
+        if (p.turns) {
+          ptx::fence_proxy_async_global();
+          this->notes().pending = of_step + 1;
+        }
         ptx::bulk_reduce_add(p.dq_sum + part * kWarpFloats, staged, kWarpFloats * sizeof(float));
         ptx::bulk_commit_group();
       }
     } else {
-      if (p.turns) {
-        if (t % 32 == 0) this->template wait_turn<false>(part, tile, slot);
-        __syncwarp();
-      }
+      this->wait_turn(of_step);
       this->add_from_registers(dQ, part);
+      if (C::kUnitsEach == 1 || unit + C::kWarpgroups >= C::kUnits) this->end_turn(of_step);
     }
   }
 };

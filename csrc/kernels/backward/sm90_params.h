@@ -12,6 +12,10 @@ namespace tilewright::backward {
 
 using forward::RowCoordinates;
 
+// dQ of a step comes in units, a product each: 64 columns of Q × all its queries, transposed as everything else. With
+// as many queries as two products take and 64 columns in all, 64 queries × all columns instead.
+TILEWRIGHT_HOST_DEVICE constexpr bool dq_by_rows(int head_dim, int tile_m) { return head_dim == 64 && tile_m == 128; }
+
 // A tile of keys of a packed batch. Rows that belong to no sequence have no queries: their gradients are zero.
 struct PackedKeyTile {
   int first_key;  // within the part
@@ -39,7 +43,7 @@ struct KernelParams {
   const float* lse2;   // (tiles, tile_m): lse log2(e); +inf where a row sees nothing or is no row
   const float* delta;  // (tiles, tile_m)
   float* dq_sum;       // (tiles, head_dim / 64, 4, tile_m / 8, 32, 4): in the order of the accumulators, see add_dq
-  int* turns;          // (tiles, head_dim / 64, 4): see TurnOfDq; null where the order of dQ's sums is free
+  int* turns;          // (tiles,): see turns.cuh; null where the order of dQ's sums is free
   void* dk;
   void* dv;
   Strides dk_stride;
@@ -80,11 +84,11 @@ struct TileWork {
 };
 
 // What a warp keeps in shared memory, for registers are scarce. Its lane 0 writes.
-template <int kDsBuffers, int kParts>
+template <int kDsBuffers>
 struct WarpNotes {
   int head;              // of the group
   int tile[kDsBuffers];  // of queries, whose dS lies in a buffer
-  int* pending[kParts];  // see turns.cuh
+  uint32_t pending;      // 1 + the step whose addition by a bulk copy is not yet done, or 0
 };
 
 }  // namespace tilewright::backward

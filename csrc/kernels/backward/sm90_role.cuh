@@ -63,9 +63,7 @@ struct ConsumerRole {
   }
 
   __device__ __forceinline__ void first_tile() {
-    if (p.turns && thread() % 32 == 0) {
-      for (int*& counter : notes().pending) counter = nullptr;
-    }
+    if (p.turns && thread() % 32 == 0) notes().pending = 0;
     wait_tile(0);
   }
   __device__ __forceinline__ void next_tile() {
@@ -83,14 +81,28 @@ struct ConsumerRole {
     ptx::mbarrier_wait(&shared.k_full[loaded % C::kStagesK], loaded / C::kStagesK % 2);
   }
 
-  // dQᵀ = Kᵀ dSᵀ over all keys of the tile: the columns [64 unit, 64 unit + 64) of Q × the tile's queries
-  __device__ __forceinline__ void issue_dQ(Scores& dQ, int unit, int buffer) {
-    const uint32_t k = unhoisted(shared.k[stage_k()].address() + unit * shared.k[0].kChunkBytes);
-    const uint32_t ds = unhoisted(shared.ds[buffer].address());
+  using DqUnit = Accumulator<C::kUnitFloats / 64>;
+  using ProductDq = ptx::Wgmma<Element, DqUnit::kColumns>;
+
+  // dQᵀ = Kᵀ dSᵀ over all keys of the tile: the columns [64 unit, 64 unit + 64) of Q × the tile's queries; or, by rows,
+  // dQ = dS K: the queries [64 unit, 64 unit + 64) × all columns
+  __device__ __forceinline__ void issue_dQ(DqUnit& dQ, int unit, int buffer) {
+    if constexpr (C::kDqByRows) {
+      const uint32_t k = unhoisted(shared.k[stage_k()].address());
+      const uint32_t ds = unhoisted(shared.ds[buffer].address() + unit * 64 * 128);
 #pragma unroll
-    for (int i = 0; i < C::kTileN / 16; ++i) {
-      ptx::Wgmma<Element, C::kTileM>::template ss<ptx::Major::kK, ptx::Major::kMN>(
-          dQ.values, shared.k[0].mn_major(k, i), shared.ds[0].k_major(ds, i), i > 0);
+      for (int i = 0; i < C::kTileN / 16; ++i) {
+        ProductDq::template ss<ptx::Major::kMN>(dQ.values, shared.ds[0].k_major(ds, i), shared.k[0].mn_major(k, i),
+                                                i > 0);
+      }
+    } else {
+      const uint32_t k = unhoisted(shared.k[stage_k()].address() + unit * shared.k[0].kChunkBytes);
+      const uint32_t ds = unhoisted(shared.ds[buffer].address());
+#pragma unroll
+      for (int i = 0; i < C::kTileN / 16; ++i) {
+        ProductDq::template ss<ptx::Major::kK, ptx::Major::kMN>(dQ.values, shared.k[0].mn_major(k, i),
+                                                                shared.ds[0].k_major(ds, i), i > 0);
+      }
     }
     ptx::wgmma_commit();
   }
@@ -109,16 +121,16 @@ struct ConsumerRole {
     ptx::fence_proxy_async();
   }
 
-  // A unit's sums lie in the order of the accumulators, warp after warp: query 8 j + column(thread) + i % 2, column
-  // 64 unit + row(thread) + i / 2 * 8 are at (unit, warp, j, lane, i).
-  static constexpr int kWarpFloats = 16 * C::kTileM;
+  // A unit's sums lie in the order of the accumulators, warp after warp: what a thread holds in row(thread) + i / 2 * 8
+  // and column 8 j + column(thread) + i % 2 is at (unit, warp, j, lane, i).
+  static constexpr int kWarpFloats = C::kUnitFloats / 4;
   __device__ __forceinline__ static int64_t part_of_sum(int tile, int unit) {
     return (int64_t{tile} * C::kUnits + unit) * 4 + thread() / 32;
   }
-  __device__ __forceinline__ void add_from_registers(const Scores& dQ, int64_t part) {
+  __device__ __forceinline__ void add_from_registers(const DqUnit& dQ, int64_t part) {
     float* to = p.dq_sum + part * kWarpFloats + thread() % 32 * 4;
 #pragma unroll
-    for (int j = 0; j < C::kTileM / 8; ++j) {
+    for (int j = 0; j < DqUnit::kColumns / 8; ++j) {
       const float* x = &dQ.values[4 * j];
       ptx::reduce_add(to + j * 128, x[0], x[1], x[2], x[3]);
     }
@@ -126,16 +138,22 @@ struct ConsumerRole {
 
   // --- turns.cuh ----------------------------------------------------------------------------------------------------
 
-  // By lane 0. `slot`: of the warp's additions in a step.
-  template <bool kBulk>
-  __device__ __forceinline__ void wait_turn(int64_t part, int tile, int slot) {
-    begin_turn<kBulk>(p.turns + part, turn_of<C>(p, work(), tile), notes().pending[slot]);
+  __device__ __forceinline__ void wait_turn(uint32_t of_step) {
+    if (p.turns) ptx::mbarrier_wait(&shared.turn_full[of_step % 2], of_step / 2 % 2);
   }
-  template <bool kBulk>
-  __device__ __forceinline__ void end_turns() {
+  // All of this warp's additions of a step are done.
+  __device__ __forceinline__ void end_turn(uint32_t of_step) {
+    if (!p.turns) return;
     __syncwarp();
-    if (thread() % 32 != 0) return;
-    for (int*& counter : notes().pending) end_turn<kBulk>(counter);
+    release(shared.added[of_step % 2]);
+  }
+  // Of a bulk copy that lane 0 has left pending.
+  __device__ __forceinline__ void end_pending_turn() {
+    __syncwarp();
+    if (thread() % 32 != 0 || notes().pending == 0) return;
+    ptx::bulk_wait_group();
+    ptx::mbarrier_arrive(&shared.added[(notes().pending - 1) % 2]);
+    notes().pending = 0;
   }
 
   // --- epilogue -----------------------------------------------------------------------------------------------------

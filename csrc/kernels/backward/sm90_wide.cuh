@@ -44,7 +44,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90_wide(const __gri
     }
     for (int i = 0; i < C::kTileSlots; ++i) {
       ptx::mbarrier_init(&shared.tile_full[i], 1);
-      ptx::mbarrier_init(&shared.tile_empty[i], kBoth);
+      ptx::mbarrier_init(&shared.tile_empty[i], p.turns ? kBoth + 2 : kBoth);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(&shared.turn_full[i], 1);
+      ptx::mbarrier_init(&shared.added[i], kBoth);
+      ptx::mbarrier_init(&shared.counted[i], 1);
     }
     ptx::fence_mbarrier_init();
   }
@@ -57,6 +62,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90_wide(const __gri
     ptx::registers_decrease<C::kProducerRegisters>();
     if (threadIdx.x == 0) {
       Producer<C, WideStorage<C>>{p, shared}.run();
+    } else if (p.turns && threadIdx.x == 32) {
+      TurnKeeper<C, WideStorage<C>>{p, shared}.announce();
+    } else if (p.turns && threadIdx.x == 64) {
+      TurnKeeper<C, WideStorage<C>>{p, shared}.count();
     }
   } else {
     ptx::registers_increase<C::kConsumerRegisters>();

@@ -31,6 +31,7 @@ struct WideConfig {
   static constexpr int kProducerRegisters = 24;
 
   // dQᵀ of a step comes in units of 64 columns of Q, half of them for each warpgroup.
+  static constexpr bool kDqByRows = false;
   static constexpr int kUnits = kHeadDim / 64;
   static constexpr int kUnitsEach = kUnits / 2;
   static constexpr int kUnitFloats = 64 * kTileM;
@@ -56,8 +57,9 @@ struct WideStorage {
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
   uint64_t p_full;
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
+  uint64_t turn_full[2], added[2], counted[2];  // see turns.cuh
   TileWork tile[C::kTileSlots];
-  WarpNotes<C::kDsBuffers, 1> notes[8];
+  WarpNotes<C::kDsBuffers> notes[8];
 };
 
 }  // namespace tilewright::backward

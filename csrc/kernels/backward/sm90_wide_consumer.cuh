@@ -49,13 +49,13 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
     ptx::wgmma_commit();
   }
 
-  // This warpgroup's half of dQ: the units from first_unit() on. It is one part of the sum, with one turn.
+  // This warpgroup's half of dQ: the units from first_unit() on.
   struct HalfOfDq {
-    Scores units[C::kUnitsEach];
+    typename Base::DqUnit units[C::kUnitsEach];
 
     __device__ __forceinline__ void pin() {
 #pragma unroll
-      for (Scores& unit : units) unit.pin();
+      for (auto& unit : units) unit.pin();
     }
   };
   __device__ __forceinline__ int first_unit() const { return warpgroup * C::kUnitsEach; }
@@ -63,19 +63,13 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
 #pragma unroll
     for (int i = 0; i < C::kUnitsEach; ++i) this->issue_dQ(dQ.units[i], first_unit() + i, buffer);
   }
-  __device__ __forceinline__ void add_half(const HalfOfDq& dQ, int tile) {
-    if (p.turns) {
-      if (thread() % 32 == 0) this->template wait_turn<false>(this->part_of_sum(tile, first_unit()), tile, 0);
-      __syncwarp();
-    }
+  __device__ __forceinline__ void add_half(const HalfOfDq& dQ, int tile, uint32_t of_step) {
+    this->wait_turn(of_step);
 #pragma unroll
     for (int i = 0; i < C::kUnitsEach; ++i) {
       this->add_from_registers(dQ.units[i], this->part_of_sum(tile, first_unit() + i));
     }
-  }
-  __device__ __forceinline__ void end_walk() {
-    if (p.turns) this->template end_turns<false>();
-    release(shared.k_empty[this->stage_k()]);
+    this->end_turn(of_step);
   }
 };
 
@@ -113,7 +107,7 @@ struct ProbabilityConsumer : WideConsumer<C> {
       }
     }
     finish_dq();
-    this->end_walk();
+    release(shared.k_empty[this->stage_k()]);
   }
 
   template <bool kMasked>
@@ -137,7 +131,6 @@ struct ProbabilityConsumer : WideConsumer<C> {
     if (thread() % 32 == 0) this->notes().tile[steps % C::kDsBuffers] = this->tile_number(i);
     share_P(slope);
     release(shared.q_empty[stage()]);
-    if (p.turns) this->template end_turns<false>();  // of dQ at the beginning of the step
     ptx::mbarrier_wait(&shared.dout_full[stage()], parity());
     ptx::wgmma_fence();
     dV.pin();
@@ -175,7 +168,7 @@ struct ProbabilityConsumer : WideConsumer<C> {
     ptx::wgmma_wait<0>();
     dQ.pin();
     release(shared.ds_empty[buffer]);
-    this->add_half(dQ, this->notes().tile[buffer]);
+    this->add_half(dQ, this->notes().tile[buffer], of_step);
   }
 };
 
@@ -208,7 +201,7 @@ struct GradientConsumer : WideConsumer<C> {
       for (int i = 0; i < work().walk.count; ++i) step(i);
     }
     release(shared.v_empty);
-    this->end_walk();
+    release(shared.k_empty[this->stage_k()]);
   }
 
   __device__ __forceinline__ void step(int i) {
@@ -228,7 +221,6 @@ struct GradientConsumer : WideConsumer<C> {
     dS.pin();
     __syncwarp();
     release(shared.dout_empty[stage()]);
-    if (p.turns) this->template end_turns<false>();  // of dQ at the end of the step before
     ptx::mbarrier_wait(&shared.ds_empty[buffer], buffer_parity ^ 1);
     this->write_dS(dS, buffer);
     __syncwarp();
@@ -247,7 +239,7 @@ struct GradientConsumer : WideConsumer<C> {
     dQ.pin();
     release(shared.q_empty[stage()]);
     release(shared.ds_empty[buffer]);
-    this->add_half(dQ, this->tile_number(i));
+    this->add_half(dQ, this->tile_number(i), steps);
     ++steps;
   }
 
