@@ -22,22 +22,19 @@ struct BackwardTile {
   int tile_n;  // keys a block keeps: 64 a warpgroup; above head_dim_v 128, 64 in all
   int stages;  // of Q and dO
   int stages_k;
-  bool v_in_registers;  // as the A operand of dP = V dOᵀ
   AddDq add_dq;
 };
 
 // One row for each instance in CMakeLists.txt.
 constexpr BackwardTile kBackwardTiles[] = {
-    {64, 64, false, 80, 192, 2, 2, false, AddDq::kRegisters},
-    {64, 64, false, 64, 192, 3, 2, true, AddDq::kBulk},
-    {128, 128, false, 80, 128, 2, 1, false, AddDq::kBulk},
-    {128, 128, false, 64, 128, 2, 2, true, AddDq::kBulk},
-    {128, 128, true, 64, 128, 2, 1, false, AddDq::kBulk},
-    {192, 128, false, 64, 128, 2, 1, false, AddDq::kRegisters},
-    {192, 128, true, 48, 128, 2, 1, false, AddDq::kRegisters},
-    {256, 256, false, 64, 64, 2, 1, false, AddDq::kRegisters},
-    {256, 256, true, 64, 64, 2, 1, false, AddDq::kRegisters},
-    {64, 64, false, 128, 128, 2, 2, false, AddDq::kBulk},
+    {64, 64, false, 128, 128, 2, 2, AddDq::kBulk},
+    {128, 128, false, 80, 128, 2, 1, AddDq::kBulk},
+    {128, 128, false, 64, 128, 2, 2, AddDq::kBulk},
+    {128, 128, true, 64, 128, 2, 2, AddDq::kBulk},
+    {192, 128, false, 64, 128, 2, 1, AddDq::kRegisters},
+    {192, 128, true, 64, 128, 2, 1, AddDq::kRegisters},
+    {256, 256, false, 64, 64, 2, 1, AddDq::kRegisters},
+    {256, 256, true, 64, 64, 2, 1, AddDq::kRegisters},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
@@ -66,10 +63,9 @@ struct BackwardProblem {
 
 // The queries a step takes where there is a choice: 64, with the finest edges and the least padding, or 80, with fewer
 // reads of shared memory for a product.
-constexpr int select_backward_tile_m(int head_dim, const BackwardProblem& problem) {
+constexpr int select_backward_tile_m(const BackwardProblem& problem) {
   const bool full = problem.left >= problem.seqlen_k && problem.right >= problem.seqlen_k;
-  const int longest = max_of(problem.seqlen_q, problem.seqlen_k);
-  return longest <= (head_dim == 64 && !full ? 2048 : 512) ? 64 : 80;
+  return max_of(problem.seqlen_q, problem.seqlen_k) <= (full ? 512 : 1024) ? 64 : 80;
 }
 
 // The index in kBackwardTiles of the tile for a problem, -1 if none holds it: of the smallest head dimensions that do.
@@ -78,8 +74,8 @@ constexpr int select_backward_tile(const BackwardProblem& problem) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (problem.head_dim > tile.head_dim || problem.head_dim_v > tile.head_dim_v) continue;
     if (problem.softcap != tile.softcap) continue;
-    const int wanted = backward_tile_index(tile.head_dim, tile.head_dim_v, tile.softcap,
-                                           select_backward_tile_m(tile.head_dim, problem));
+    const int wanted =
+        backward_tile_index(tile.head_dim, tile.head_dim_v, tile.softcap, select_backward_tile_m(problem));
     return wanted < 0 ? i : wanted;
   }
   return -1;

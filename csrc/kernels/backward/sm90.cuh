@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     }
     for (int i = 0; i < C::kDsBuffers; ++i) {
       ptx::mbarrier_init(&shared.ds_full[i], kWarps);
-      ptx::mbarrier_init(&shared.ds_empty[i], 4 * C::kDsReaders);
+      ptx::mbarrier_init(&shared.ds_empty[i], kWarps);
     }
     for (int i = 0; i < C::kTileSlots; ++i) {
       ptx::mbarrier_init(&shared.tile_full[i], 1);

@@ -22,31 +22,29 @@ struct Config {
   static constexpr int kTileN = kTile.tile_n;
   static constexpr int kStages = kTile.stages;
   static constexpr int kStagesK = kTile.stages_k;
-  static constexpr int kDsBuffers = 2;  // so many steps dQ comes after dS
+  static constexpr int kDsBuffers = 2;
   static constexpr int kTileSlots = 2;
+  static constexpr int kStepSlots = 8;  // a step is read of until two steps later; the producer is up to two ahead
   // Of dS, see differentiate(). With softcap dS is rounded once more anyway.
   static constexpr bool kPackedProduct = std::is_same_v<Element, __nv_bfloat16> && !kSoftcap;
-  // Without the packed product there are too few registers for it at head_dim_v 128.
-  static constexpr bool kVInRegisters = kTile.v_in_registers && (kPackedProduct || kHeadDimV < 128);
   static constexpr bool kBulk = kTile.add_dq == AddDq::kBulk;
 
-  static constexpr int kWarpgroups = kTileN / 64;
+  static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // setmaxnreg: what the producer gives up, the consumers get; 65,536 in all.
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
+  // setmaxnreg: what the producer gives up, the consumers get. The register file gives out 504, not 512.
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 24;
 
   static constexpr bool kDqByRows = dq_by_rows(kHeadDim, kTileM);
-  static constexpr int kUnits = kDqByRows ? kTileM / 64 : kHeadDim / 64;          // of dQ
-  static constexpr int kDsReaders = kUnits < kWarpgroups ? kUnits : kWarpgroups;  // warpgroups a step
-  static constexpr int kUnitsEach = (kUnits + kWarpgroups - 1) / kWarpgroups;     // at most, of a warpgroup in a step
+  static constexpr int kUnits = kDqByRows ? kTileM / 64 : kHeadDim / 64;  // of dQ
+  static constexpr bool kSplitUnit = kUnits == 3;                         // of the third each warpgroup takes a half
   static constexpr int kUnitFloats = kTileM * kHeadDim / kUnits;
-  // With one unit a warpgroup dQ's product covers exponentials of the warpgroup itself, if there are registers for
-  // both. Three warpgroups cover each other's: there its place between the other products costs more than it brings.
-  static constexpr bool kOverlapDq = kUnits == kWarpgroups && !kVInRegisters;
 
-  static_assert(kTileN % 64 == 0 && kWarpgroups >= 2 && kWarpgroups <= 3 && kTileM % 16 == 0);
-  static_assert(kWarpgroups * kConsumerRegisters + kProducerRegisters <= (kWarpgroups == 2 ? 504 : 512));
+  // Are there registers for S and dP at once, and for dQ while dV is on its way?
+  static constexpr bool kTogether = kHeadDim + kHeadDimV <= 256;
+
+  static_assert(kTileN == 64 * kWarpgroups && kTileM % 16 == 0);
+  static_assert(kUnits == kWarpgroups || (kSplitUnit && !kBulk));
 };
 
 template <class C>
@@ -70,6 +68,7 @@ struct SharedStorage {
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
   uint64_t turn_full[2], added[2], counted[2];  // see turns.cuh
   TileWork tile[C::kTileSlots];
+  StepWork step[C::kStepSlots];
   WarpNotes<C::kDsBuffers> notes[C::kWarpgroups * 4];
 };
 

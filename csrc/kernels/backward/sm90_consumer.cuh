@@ -3,7 +3,6 @@
 #include "kernels/backward/fragment_gradient.h"
 #include "kernels/backward/sm90_config.cuh"
 #include "kernels/backward/sm90_role.cuh"
-#include "ptx/ldmatrix.h"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
@@ -23,14 +22,24 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   using ProductDv = ptx::Wgmma<Element, C::kHeadDimV>;
   static constexpr ptx::Major kK = ptx::Major::kK, kMN = ptx::Major::kMN;
   using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::work, Base::stage, Base::parity, Base::stage_k,
-      Base::release, Base::thread;
+      Base::release, Base::thread, Base::warp_of_all;
 
-  OperandA<Element, C::kVInRegisters ? C::kHeadDimV : 16> V;
   Accumulator<C::kHeadDim> dK;
   Accumulator<C::kHeadDimV> dV;
   OperandA<Element, C::kTileM> P;
   OperandA<Element, C::kTileM> dS;
   OperandA<Element, C::kSoftcap ? C::kTileM : 16> slope;  // of the softcap: 1 - t²
+
+  // dQ comes in units, one for each warpgroup; of a third unit each takes half of the queries.
+  struct ShareOfDq {
+    typename Base::DqUnit unit;
+    Accumulator<C::kTileM / 2> half;
+
+    __device__ __forceinline__ void pin() {
+      unit.pin();
+      if constexpr (C::kSplitUnit) half.pin();
+    }
+  };
 
   __device__ __forceinline__ void run() {
     this->first_tile();
@@ -38,8 +47,9 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
       dK.fill(0.f);
       dV.fill(0.f);
       if (work().walk.count > 0) walk_queries();
-      this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v);
-      this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim);
+      if constexpr (C::kBulk) free_staging();
+      this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v, staging());
+      this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim, staging());
       this->next_tile();
     }
     if (C::kBulk && thread() % 32 == 0) ptx::bulk_wait_group_read();
@@ -48,161 +58,87 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   // --- one tile of keys ---------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void walk_queries() {
-    wait_keys();
-    this->begin_head(0);
-    int i = 0;
-    int left = count();
-    if constexpr (C::kOverlapDq) {
-      compute_P(i);
+    this->wait_k();
+    ptx::mbarrier_wait(&shared.v_full, work().loaded % 2);
+    // The shuffle tells the compiler that the number is the same in a warp: what follows from the steps stays in
+    // uniform registers.
+    const int count = __shfl_sync(~0u, p.group * work().walk.count, 0);
 #pragma unroll 1
-      for (; left > 1; --left) overlapped_step<false>(i, left);
-      overlapped_step<true>(i, left);
-    } else {
-#pragma unroll 1
-      for (; left > 0; --left) step(i, left);
-    }
-    if constexpr (!C::kVInRegisters) release(shared.v_empty);
-#pragma unroll 1
-    for (int late = C::kOverlapDq ? 1 : C::kDsBuffers; late > 0; --late) {
-      if (C::kBulk && p.turns) this->end_pending_turn();
-      if (count() >= late) finish_dq(steps - late);
-    }
-    if (C::kBulk && p.turns) this->end_pending_turn();
+    for (int done = 0; done < count; ++done) step(done);
+    release(shared.v_empty);
+    hand_over(count);
+    last_dq();
     release(shared.k_empty[stage_k()]);
   }
 
-  // Of the tile of keys. Read anew for each use.
-  __device__ __forceinline__ int count() const { return p.group * work().walk.count; }
-
-  __device__ __forceinline__ void wait_keys() {
-    this->wait_k();
-    ptx::mbarrier_wait(&shared.v_full, work().loaded % 2);
-    if constexpr (C::kVInRegisters) {
-      const int t = this->thread_of_tile();
-      const int row = t / 32 * 16 + t % 16;
-#pragma unroll
-      for (int i = 0; i < V.kSteps; ++i) {
-        ptx::ldmatrix_x4(V.steps[i], shared.v.address() + shared.v.piece_offset(row, 2 * i + t % 32 / 16));
-      }
-      __syncwarp();
-      release(shared.v_empty);
-    }
-  }
-
-  // Step i of a head, the tile of queries walk.tile_at(i), is step number `steps` of the warpgroup:
+  // Step n, a tile of queries; `done` of them came before, in this tile of keys:
   //
-  //     S = K Qᵀ    P = exp(S - lse)    dP = V dOᵀ    dV += P dO    dS = P ∘ (dP - delta) → shared memory    dK += dS Q
+  //     S = K Qᵀ   dP = V dOᵀ     meanwhile dS_{n-1} and dQ_{n-2} go out   exponentials → P, under dP
+  //     dV += P dO                meanwhile dS = P ∘ (dP - delta) → shared memory
+  //     dQ_{n-1} = dS_{n-1} K     dK += dS Q     meanwhile dQ_{n-1} → shared memory
   //
-  // dQ needs the dS of all warpgroups. It comes later, so that nobody waits for it: the warpgroups drift apart until
-  // the exponentials of one run while the products of another do.
-  __device__ __forceinline__ void step(int& i, int left) {
-    if (count() - left >= C::kDsBuffers) finish_dq(steps - C::kDsBuffers);
-    compute_P(i);
-    compute_dS();
-    issue_dK();
-    ptx::wgmma_wait<1>();
-    dV.pin();
-    release(shared.dout_empty[stage()]);
-    ptx::wgmma_wait<0>();
-    dK.pin();
-    release(shared.q_empty[stage()]);
-    ++steps;
-    next_query_tile(i);
-  }
-
-  // The same with products of three steps in one row, dK_n S_{n+1} dQ_{n-1}, so that the exponentials of S_{n+1} run
-  // under dQ_{n-1}. P_n is there already.
-  template <bool kLast>
-  __device__ __forceinline__ void overlapped_step(int& i, int left) {
-    compute_dS();
-    issue_dK();
-    const bool late = left < count();
-    const uint32_t before = steps - 1;
-    const int done = stage();
-    ++steps;
-    ptx::wgmma_wait<1>();
-    dV.pin();
-    release(shared.dout_empty[done]);
-    Scores S;
-    if constexpr (!kLast) {
-      next_query_tile(i);
-      ptx::mbarrier_wait(&shared.q_full[stage()], parity());
-      S.pin();
-      issue_S(S);
-    }
-    ptx::wgmma_wait<kLast ? 0 : 1>();
-    dK.pin();
-    release(shared.q_empty[done]);
-    // The first time there is nothing to add up yet, and the product of whatever the buffer holds is forgotten: without
-    // a condition the compiler keeps it asynchronous.
-    if (C::kBulk && p.turns) this->end_pending_turn();  // of the dQ before
-    if (late) wait_dS(before);
-    typename Base::DqUnit dQ;
-    ptx::wgmma_fence();
-    dQ.pin();
-    this->issue_dQ(dQ, warpgroup, before % C::kDsBuffers);
-    if constexpr (!kLast) {
-      ptx::wgmma_wait<1>();
-      S.pin();
-      take_exponentials(S, i);
-    }
-    ptx::wgmma_wait<0>();
-    dQ.pin();
-    if (late) {
-      release(shared.ds_empty[before % C::kDsBuffers]);
-      add_dq(dQ, this->notes().tile[before % C::kDsBuffers], warpgroup, before);
-    }
-    if constexpr (!kLast) note_tile(i);
-  }
-
-  __device__ __forceinline__ void next_query_tile(int& i) {
-    if (++i < work().walk.count) return;
-    i = 0;
-    this->begin_head(this->head() + 1);
-  }
-  // Where dQ of this step goes.
-  __device__ __forceinline__ void note_tile(int i) {
-    __syncwarp();
-    if (thread() % 32 == 0) this->notes().tile[steps % C::kDsBuffers] = this->tile_number(i);
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void compute_P(int i) {
-    Scores S;
-    ptx::mbarrier_wait(&shared.q_full[stage()], parity());
-    ptx::wgmma_fence();
-    S.pin();
-    issue_S(S);
-    ptx::wgmma_wait<0>();
-    S.pin();
-    take_exponentials(S, i);
-    note_tile(i);
-  }
-  __device__ __forceinline__ void take_exponentials(Scores& S, int i) {
-    if constexpr (C::kSoftcap) cap_scores(S, slope, p.score_scale);
-    if (!work().walk.is_full(i)) {
-      const VisibleQueries queries(p.window, work().seqlen_q, work().seqlen_k);
-      mask_scores(S, queries, work().walk.tile_at(i) * C::kTileM, work().first_key, this->thread_of_tile());
-    }
-    exponentiate(S, P, shared.lse2[stage()], p.to_log2, S.column(thread()));
-  }
-
-  // dS, also in shared memory. dV is still on its way.
-  __device__ __forceinline__ void compute_dS() {
+  // dQ needs the dS of all warpgroups. It comes a step late, so that nobody waits for it.
+  __device__ __forceinline__ void step(int done) {
     {
       Scores dP;
-      ptx::mbarrier_wait(&shared.dout_full[stage()], parity());
+      {
+        Scores S;
+        ptx::mbarrier_wait(&shared.q_full[stage()], parity());
+        const int masked = shared.step[steps % C::kStepSlots].masked;
+        ptx::wgmma_fence();
+        S.pin();
+        issue_S(S);
+        if constexpr (C::kTogether) issue_dP(dP);
+        if (done > 0) hand_over(done);
+        ptx::wgmma_wait<C::kTogether ? 1 : 0>();
+        S.pin();
+        if constexpr (C::kSoftcap) cap_scores(S, slope, p.score_scale);
+        if (masked >= 0) {
+          const VisibleQueries queries(p.window, work().seqlen_q, work().seqlen_k);
+          mask_scores(S, queries, masked, work().first_key, this->thread_of_tile());
+        }
+        exponentiate(S, P, shared.lse2[stage()], p.to_log2, S.column(thread()));
+      }
       ptx::wgmma_fence();
-      dP.pin();
+      if constexpr (!C::kTogether) issue_dP(dP);
       dV.pin();
-      issue_dP(dP);
       issue_dV();
       ptx::wgmma_wait<1>();
       dP.pin();
       differentiate<C::kPackedProduct>(dP, P, dS, shared.delta[stage()], dP.column(thread()));
     }
     if constexpr (C::kSoftcap) multiply(dS, slope);
-    hand_over_dS();
+    const int buffer = steps % C::kDsBuffers;
+    ptx::mbarrier_wait(&shared.ds_empty[buffer], (steps / C::kDsBuffers + 1) % 2);
+    this->write_dS(dS, buffer);
+    if constexpr (!C::kTogether) {
+      issue_dK();
+      ptx::wgmma_wait<0>();
+      dV.pin();
+      dK.pin();
+    }
+
+    // The first time there is nothing to add up yet, and the product of whatever the buffer holds is forgotten: without
+    // a condition the compiler keeps it asynchronous.
+    const bool late = done > 0;
+    if (late) wait_dS(steps - 1);
+    ShareOfDq dQ;
+    ptx::wgmma_fence();
+    dQ.pin();
+    issue_share(dQ, steps - 1);
+    if constexpr (C::kTogether) issue_dK();
+    ptx::wgmma_wait<C::kTogether ? 1 : 0>();
+    dV.pin();
+    dQ.pin();
+    release(shared.dout_empty[stage()]);
+    if (late) {
+      release(shared.ds_empty[(steps - 1) % C::kDsBuffers]);
+      take_out(dQ, steps - 1);
+    }
+    ptx::wgmma_wait<0>();
+    dK.pin();
+    release(shared.q_empty[stage()]);
+    ++steps;
   }
 
   // --- products -----------------------------------------------------------------------------------------------------
@@ -220,16 +156,13 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
 
   // dP = V dOᵀ
   __device__ __forceinline__ void issue_dP(Scores& dP) {
+    ptx::mbarrier_wait(&shared.dout_full[stage()], parity());
+    dP.pin();
     const uint32_t dout = shared.dout[stage()].address();
     const uint32_t v = unhoisted(shared.v.address() + warpgroup * 64 * 128);
 #pragma unroll
     for (int i = 0; i < C::kHeadDimV / 16; ++i) {
-      const uint64_t b = shared.dout[0].k_major(dout, i);
-      if constexpr (C::kVInRegisters) {
-        ProductS::template rs<kK>(dP.values, V.steps[i], b, i > 0);
-      } else {
-        ProductS::template ss<kK>(dP.values, shared.v.k_major(v, i), b, i > 0);
-      }
+      ProductS::template ss<kK>(dP.values, shared.v.k_major(v, i), shared.dout[0].k_major(dout, i), i > 0);
     }
     ptx::wgmma_commit();
   }
@@ -256,83 +189,90 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     ptx::wgmma_commit();
   }
 
-  // --- dS and dQ ----------------------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ void hand_over_dS() {
-    if (C::kBulk && !C::kOverlapDq && p.turns) this->end_pending_turn();  // of the dQ before
-    const int buffer = steps % C::kDsBuffers;
-    ptx::mbarrier_wait(&shared.ds_empty[buffer], (steps / C::kDsBuffers + 1) % 2);
-    this->write_dS(dS, buffer);
-    __syncwarp();
-    release(shared.ds_full[buffer]);
+  __device__ __forceinline__ void issue_share(ShareOfDq& dQ, uint32_t of_step) {
+    const int buffer = of_step % C::kDsBuffers;
+    this->issue_dQ(dQ.unit, warpgroup, 0, buffer);
+    if constexpr (C::kSplitUnit) this->issue_dQ(dQ.half, 2, first_of_half(), buffer);
   }
+  __device__ __forceinline__ int first_of_half() const { return warpgroup * (C::kTileM / 2); }
+
+  // --- dS and dQ on their way out -----------------------------------------------------------------------------------
+
+  // What this warp left in shared memory in the step before goes to those who wait for it: dS to the warpgroups, dQ to
+  // its sums. Only now, because the fence waits until the last store has arrived: by now it has.
+  __device__ __forceinline__ void hand_over(int done) {
+    ptx::fence_proxy_async();
+    __syncwarp();
+    release(shared.ds_full[(steps - 1) % C::kDsBuffers]);
+    if (C::kBulk && done > 1) add_staged(steps - 2);
+  }
+
   __device__ __forceinline__ void wait_dS(uint32_t of_step) {
     ptx::mbarrier_wait(&shared.ds_full[of_step % C::kDsBuffers], of_step / C::kDsBuffers % 2);
   }
 
-  // This warpgroup's share of dQ of an earlier step. The units go round the warpgroups from step to step, unless each
-  // has as many.
-  __device__ __forceinline__ void finish_dq(uint32_t of_step) {
-    int unit = warpgroup;
-    if (C::kUnits % C::kWarpgroups != 0) unit = (warpgroup + of_step) % C::kWarpgroups;
-    if (C::kUnits < C::kWarpgroups && unit >= C::kUnits) {
-      this->wait_turn(of_step);
-      this->end_turn(of_step);
-      return;
-    }
-    const int buffer = of_step % C::kDsBuffers;
-    wait_dS(of_step);
-    const int tile = this->notes().tile[buffer];
-    if constexpr (C::kUnits <= C::kWarpgroups) {
-      finish_unit(tile, unit, of_step, true);
-    } else {
-#pragma unroll 1
-      for (; unit < C::kUnits; unit += C::kWarpgroups) {
-        finish_unit(tile, unit, of_step, unit + C::kWarpgroups >= C::kUnits);
-      }
-    }
-  }
-  __device__ __forceinline__ void finish_unit(int tile, int unit, uint32_t of_step, bool last) {
-    const int buffer = of_step % C::kDsBuffers;
-    typename Base::DqUnit dQ;
+  // Of a tile of keys.
+  __device__ __forceinline__ void last_dq() {
+    const uint32_t last = steps - 1;
+    wait_dS(last);
+    ShareOfDq dQ;
     ptx::wgmma_fence();
     dQ.pin();
-    this->issue_dQ(dQ, unit, buffer);
+    issue_share(dQ, last);
     ptx::wgmma_wait<0>();
     dQ.pin();
-    if (last) release(shared.ds_empty[buffer]);
-    add_dq(dQ, tile, unit, of_step);
-  }
-
-  __device__ __forceinline__ void add_dq(const typename Base::DqUnit& dQ, int tile, int unit, uint32_t of_step) {
-    const int t = thread();
-    const int64_t part = this->part_of_sum(tile, unit);
+    release(shared.ds_empty[last % C::kDsBuffers]);
+    take_out(dQ, last);
     if constexpr (C::kBulk) {
-      // Each warp by itself: its first lane knows when its last addition has read the buffer.
-      constexpr int kWarpFloats = Base::kWarpFloats;
-      float* staged = shared.dq.data + this->thread_of_tile() / 32 * kWarpFloats;
-      if (t % 32 == 0) ptx::bulk_wait_group_read();
-      __syncwarp();
-#pragma unroll
-      for (int j = 0; j < dQ.kColumns / 8; ++j) {
-        const float* x = &dQ.values[4 * j];
-        *reinterpret_cast<float4*>(staged + j * 128 + t % 32 * 4) = make_float4(x[0], x[1], x[2], x[3]);
-      }
       ptx::fence_proxy_async();
       __syncwarp();
-      this->wait_turn(of_step);
-      if (t % 32 == 0) {
-        if (p.turns) {
-          ptx::fence_proxy_async_global();
-          this->notes().pending = of_step + 1;
-        }
-        ptx::bulk_reduce_add(p.dq_sum + part * kWarpFloats, staged, kWarpFloats * sizeof(float));
-        ptx::bulk_commit_group();
+      add_staged(last);
+      if (p.turns) this->end_pending_turn();
+    }
+  }
+
+  // Out of the registers: to shared memory on its way to the sums, or to the sums.
+  __device__ __forceinline__ void take_out(const ShareOfDq& dQ, uint32_t of_step) {
+    if constexpr (C::kBulk) {
+      if (p.turns) {
+        this->end_pending_turn();
+      } else {
+        free_staging();
+      }
+      __syncwarp();
+      float* to = staging() + thread() % 32 * 4;
+#pragma unroll
+      for (int j = 0; j < dQ.unit.kColumns / 8; ++j) {
+        const float* x = &dQ.unit.values[4 * j];
+        *reinterpret_cast<float4*>(to + j * 128) = make_float4(x[0], x[1], x[2], x[3]);
       }
     } else {
+      const int tile = shared.step[of_step % C::kStepSlots].number;
       this->wait_turn(of_step);
-      this->add_from_registers(dQ, part);
-      if (C::kUnitsEach == 1 || unit + C::kWarpgroups >= C::kUnits) this->end_turn(of_step);
+      this->add_from_registers(dQ.unit, this->part_of_sum(tile, warpgroup), 0);
+      if constexpr (C::kSplitUnit) this->add_from_registers(dQ.half, this->part_of_sum(tile, 2), first_of_half());
+      this->end_turn(of_step);
+    }
+  }
+
+  // Each warp has its own place, and its first lane knows when the copy engine has read it.
+  __device__ __forceinline__ float* staging() {
+    return C::kBulk ? shared.dq.data + warp_of_all() * Base::kWarpFloats : nullptr;
+  }
+  __device__ __forceinline__ void free_staging() {
+    if (thread() % 32 == 0) ptx::bulk_wait_group_read();
+    __syncwarp();
+  }
+  __device__ __forceinline__ void add_staged(uint32_t of_step) {
+    const int64_t part = this->part_of_sum(shared.step[of_step % C::kStepSlots].number, warpgroup);
+    this->wait_turn(of_step);
+    if (thread() % 32 == 0) {
+      if (p.turns) {
+        ptx::fence_proxy_async_global();
+        this->notes().pending = of_step + 1;
+      }
+      ptx::bulk_reduce_add(p.dq_sum + part * Base::kWarpFloats, staging(), Base::kWarpFloats * sizeof(float));
+      ptx::bulk_commit_group();
     }
   }
 };

@@ -83,6 +83,12 @@ struct TileWork {
   QueryWalk walk;
 };
 
+// A tile of queries, as the producer announces it with its Q.
+struct StepWork {
+  int number;  // of the tile
+  int masked;  // its first query if not every query sees every key, else -1
+};
+
 // What a warp keeps in shared memory, for registers are scarce. Its lane 0 writes.
 template <int kDsBuffers>
 struct WarpNotes {

@@ -90,7 +90,7 @@ struct Producer {
   __device__ __forceinline__ static void forget_values() { asm volatile("" ::: "memory"); }
 
   // Q_0 V dO_0 K Q_1 dO_1 …: the buffers of Q, dO and V become free before the tile of keys in work is done, K's only
-  // with its last product.
+  // with its last product. Where K has two buffers it goes first.
   __device__ __forceinline__ void load_tile(const TileWork& work) {
     for (int head = 0; head < p.group; ++head) {
       for (int step = 0; step < work.walk.count; ++step) {
@@ -101,7 +101,9 @@ struct Producer {
         const int number = work.first_tile + head * p.head_tiles + tile;
         const int head_q = work.head_kv * p.group + head;
 
+        if (first && C::kStagesK > 1) load_k(work);
         ptx::mbarrier_wait(&shared.q_empty[stage], empty_parity);
+        shared.step[steps % C::kStepSlots] = {number, work.walk.is_full(step) ? -1 : tile * C::kTileM};
         ptx::mbarrier_arrive_expect(&shared.q_full[stage], shared.q[0].kBytes + kStatBytes);
         load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
         load(shared.q[stage], &p.q, &shared.q_full[stage], head_q, query_rows(work, tile * C::kTileM));
@@ -113,7 +115,7 @@ struct Producer {
         load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
         load(shared.dout[stage], &p.dout, &shared.dout_full[stage], head_q, query_rows(work, tile * C::kTileM));
 
-        if (first) load_k(work);
+        if (first && C::kStagesK == 1) load_k(work);
         ++steps;
       }
     }

@@ -41,6 +41,7 @@ struct ConsumerRole {
     __builtin_assume(x >= 128 && x < 512);
     return static_cast<int>(x) - 128;
   }
+  __device__ __forceinline__ static int warp_of_all() { return thread_of_all() / 32; }
   // As if the consumers that hold rows of a tile were one: row() of an accumulator is then that of the tile.
   __device__ __forceinline__ static int thread_of_tile() { return C::kTileN == 64 ? thread() : thread_of_all(); }
 
@@ -49,7 +50,7 @@ struct ConsumerRole {
     if (ptx::elect_one()) ptx::mbarrier_arrive(&empty);
   }
 
-  __device__ __forceinline__ auto& notes() { return shared.notes[thread_of_all() / 32]; }
+  __device__ __forceinline__ auto& notes() { return shared.notes[warp_of_all()]; }
   __device__ __forceinline__ void begin_head(int head) {
     __syncwarp();
     if (thread() % 32 == 0) notes().head = head;
@@ -82,32 +83,34 @@ struct ConsumerRole {
   }
 
   using DqUnit = Accumulator<C::kUnitFloats / 64>;
-  using ProductDq = ptx::Wgmma<Element, DqUnit::kColumns>;
 
-  // dQᵀ = Kᵀ dSᵀ over all keys of the tile: the columns [64 unit, 64 unit + 64) of Q × the tile's queries; or, by rows,
-  // dQ = dS K: the queries [64 unit, 64 unit + 64) × all columns
-  __device__ __forceinline__ void issue_dQ(DqUnit& dQ, int unit, int buffer) {
+  // dQᵀ = Kᵀ dSᵀ over all keys of the tile: the columns [64 unit, 64 unit + 64) of Q × the tile's queries from
+  // first_query on; or, by rows, dQ = dS K: the queries [64 unit, 64 unit + 64) × all columns
+  template <int kColumns>
+  __device__ __forceinline__ void issue_dQ(Accumulator<kColumns>& dQ, int unit, int first_query, int buffer) {
+    using Product = ptx::Wgmma<Element, kColumns>;
+    constexpr int kRowBytes = 128;
     if constexpr (C::kDqByRows) {
       const uint32_t k = unhoisted(shared.k[stage_k()].address());
-      const uint32_t ds = unhoisted(shared.ds[buffer].address() + unit * 64 * 128);
+      const uint32_t ds = unhoisted(shared.ds[buffer].address() + unit * 64 * kRowBytes);
 #pragma unroll
       for (int i = 0; i < C::kTileN / 16; ++i) {
-        ProductDq::template ss<ptx::Major::kMN>(dQ.values, shared.ds[0].k_major(ds, i), shared.k[0].mn_major(k, i),
-                                                i > 0);
+        Product::template ss<ptx::Major::kMN>(dQ.values, shared.ds[0].k_major(ds, i), shared.k[0].mn_major(k, i),
+                                              i > 0);
       }
     } else {
       const uint32_t k = unhoisted(shared.k[stage_k()].address() + unit * shared.k[0].kChunkBytes);
-      const uint32_t ds = unhoisted(shared.ds[buffer].address());
+      const uint32_t ds = unhoisted(shared.ds[buffer].address() + first_query * kRowBytes);
 #pragma unroll
       for (int i = 0; i < C::kTileN / 16; ++i) {
-        ProductDq::template ss<ptx::Major::kK, ptx::Major::kMN>(dQ.values, shared.k[0].mn_major(k, i),
-                                                                shared.ds[0].k_major(ds, i), i > 0);
+        Product::template ss<ptx::Major::kK, ptx::Major::kMN>(dQ.values, shared.k[0].mn_major(k, i),
+                                                              shared.ds[0].k_major(ds, i), i > 0);
       }
     }
     ptx::wgmma_commit();
   }
 
-  // dS of a tile of queries → shared memory, a row a query: the transpose of the fragments.
+  // dS of a tile of queries → shared memory, a row a query: the transpose of the fragments. A fence must follow.
   __device__ __forceinline__ void write_dS(const OperandA<Element, C::kTileM>& dS, int buffer) {
     const int t = thread_of_tile();
     const int row = t % 32 / 16 * 8 + t % 8;
@@ -118,7 +121,6 @@ struct ConsumerRole {
       const auto& x = dS.steps[i];
       ptx::stmatrix_x4_trans(to + i * 16 * 128, x[0], x[1], x[2], x[3]);
     }
-    ptx::fence_proxy_async();
   }
 
   // A unit's sums lie in the order of the accumulators, warp after warp: what a thread holds in row(thread) + i / 2 * 8
@@ -127,10 +129,13 @@ struct ConsumerRole {
   __device__ __forceinline__ static int64_t part_of_sum(int tile, int unit) {
     return (int64_t{tile} * C::kUnits + unit) * 4 + thread() / 32;
   }
-  __device__ __forceinline__ void add_from_registers(const DqUnit& dQ, int64_t part) {
-    float* to = p.dq_sum + part * kWarpFloats + thread() % 32 * 4;
+  // From column first_column of the unit on.
+  template <int kColumns>
+  __device__ __forceinline__ void add_from_registers(const Accumulator<kColumns>& dQ, int64_t part,
+                                                     int first_column = 0) {
+    float* to = p.dq_sum + part * kWarpFloats + first_column * 16 + thread() % 32 * 4;
 #pragma unroll
-    for (int j = 0; j < DqUnit::kColumns / 8; ++j) {
+    for (int j = 0; j < kColumns / 8; ++j) {
       const float* x = &dQ.values[4 * j];
       ptx::reduce_add(to + j * 128, x[0], x[1], x[2], x[3]);
     }
@@ -158,18 +163,26 @@ struct ConsumerRole {
 
   // --- epilogue -----------------------------------------------------------------------------------------------------
 
-  // factor × an accumulator → the rows of the tile's keys, of a tensor of heads_kv × columns.
+  // factor × an accumulator → the rows of the tile's keys, of a tensor of heads_kv × columns. With `staging`, a place in
+  // shared memory for the warp's 16 rows, they go out row by row.
   template <int kColumns>
   __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, void* to,
-                                        const Strides& stride, int columns) {
+                                        const Strides& stride, int columns, void* staging = nullptr) {
     const TileWork& tile = work();
     const int t = thread_of_tile();
-    const int key = tile.first_key + from.row(t);
-    const int left = tile.seqlen_k - key;
-    const int rows = left <= 0 ? 0 : left <= 8 ? 1 : 2;
-    Element* row = static_cast<Element*>(to) + tile.batch * stride.batch + int64_t{tile.k_begin + key} * stride.row +
-                   tile.head_kv * stride.head;
-    store_rows(from, factor, row, 8 * stride.row, rows, columns, t);
+    const int first = tile.first_key + t / 32 * 16;  // of the warp
+    const auto row = [&](int key) {
+      return static_cast<Element*>(to) + tile.batch * stride.batch + int64_t{tile.k_begin + key} * stride.row +
+             tile.head_kv * stride.head;
+    };
+    if (staging) {
+      store_rows_staged(from, factor, static_cast<Element*>(staging), row(first), stride.row, tile.seqlen_k - first,
+                        columns, t % 32);
+    } else {
+      const int key = tile.first_key + from.row(t);
+      const int left = tile.seqlen_k - key;
+      store_rows(from, factor, row(key), 8 * stride.row, left <= 0 ? 0 : left <= 8 ? 1 : 2, columns, t);
+    }
   }
 };
 

@@ -25,6 +25,7 @@ struct WideConfig {
   static constexpr int kStagesK = kTile.stages_k;
   static constexpr int kDsBuffers = 2;
   static constexpr int kTileSlots = 2;
+  static constexpr int kStepSlots = 8;
 
   static constexpr int kThreads = 384;
   static constexpr int kConsumerRegisters = 240;
@@ -59,6 +60,7 @@ struct WideStorage {
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
   uint64_t turn_full[2], added[2], counted[2];  // see turns.cuh
   TileWork tile[C::kTileSlots];
+  StepWork step[C::kStepSlots];
   WarpNotes<C::kDsBuffers> notes[8];
 };
 

@@ -61,7 +61,7 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
   __device__ __forceinline__ int first_unit() const { return warpgroup * C::kUnitsEach; }
   __device__ __forceinline__ void issue_half(HalfOfDq& dQ, int buffer) {
 #pragma unroll
-    for (int i = 0; i < C::kUnitsEach; ++i) this->issue_dQ(dQ.units[i], first_unit() + i, buffer);
+    for (int i = 0; i < C::kUnitsEach; ++i) this->issue_dQ(dQ.units[i], first_unit() + i, 0, buffer);
   }
   __device__ __forceinline__ void add_half(const HalfOfDq& dQ, int tile, uint32_t of_step) {
     this->wait_turn(of_step);
@@ -223,6 +223,7 @@ struct GradientConsumer : WideConsumer<C> {
     release(shared.dout_empty[stage()]);
     ptx::mbarrier_wait(&shared.ds_empty[buffer], buffer_parity ^ 1);
     this->write_dS(dS, buffer);
+    ptx::fence_proxy_async();
     __syncwarp();
     release(shared.ds_full[buffer]);
     ptx::mbarrier_wait(&shared.q_full[stage()], parity());
