@@ -47,9 +47,14 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
       dK.fill(0.f);
       dV.fill(0.f);
       if (work().walk.count > 0) walk_queries();
-      if constexpr (C::kBulk) free_staging();
-      this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v, staging());
-      this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim, staging());
+      if constexpr (C::kBulk) {
+        free_staging();
+        this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v, staging());
+        this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim, staging());
+      } else {
+        this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v);
+        this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim);
+      }
       this->next_tile();
     }
     if (C::kBulk && thread() % 32 == 0) ptx::bulk_wait_group_read();
@@ -256,9 +261,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   }
 
   // Each warp has its own place, and its first lane knows when the copy engine has read it.
-  __device__ __forceinline__ float* staging() {
-    return C::kBulk ? shared.dq.data + warp_of_all() * Base::kWarpFloats : nullptr;
-  }
+  __device__ __forceinline__ float* staging() { return shared.dq.data + warp_of_all() * Base::kWarpFloats; }
   __device__ __forceinline__ void free_staging() {
     if (thread() % 32 == 0) ptx::bulk_wait_group_read();
     __syncwarp();

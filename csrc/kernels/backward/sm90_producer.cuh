@@ -3,7 +3,6 @@
 #include "kernels/backward/sm90_config.cuh"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
-#include "tile/unhoisted.h"
 
 namespace tilewright::backward {
 
@@ -40,9 +39,11 @@ struct Producer {
   // The dynamic order asks for its next tile before it needs it. The static one goes back and forth over the blocks, so
   // that no block always gets the longest of a round.
   __device__ __forceinline__ int next_index(int round) const {
-    if (p.next_tile) return atomicAdd(p.next_tile, 1) + (p.turns ? 0 : unhoisted(gridDim.x));
-    const int blocks = unhoisted(gridDim.x), block = unhoisted(blockIdx.x);
-    return round * blocks + (round % 2 ? blocks - 1 - block : block);
+    unsigned blocks, block;  // not from gridDim and blockIdx: the compiler would keep them all the time
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+    if (p.next_tile) return atomicAdd(p.next_tile, 1) + (p.turns ? 0 : static_cast<int>(blocks));
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return static_cast<int>(round * blocks + (round % 2 ? blocks - 1 - block : block));
   }
 
   // The slot of a block's tile `number`, once the tile that was there is done.
@@ -99,11 +100,11 @@ struct Producer {
         const uint32_t empty_parity = (steps / C::kStages + 1) % 2;
         const int tile = work.walk.tile_at(step);
         const int number = work.first_tile + head * p.head_tiles + tile;
+        shared.step[steps % C::kStepSlots] = {number, work.walk.is_full(step) ? -1 : tile * C::kTileM};
         const int head_q = work.head_kv * p.group + head;
 
         if (first && C::kStagesK > 1) load_k(work);
         ptx::mbarrier_wait(&shared.q_empty[stage], empty_parity);
-        shared.step[steps % C::kStepSlots] = {number, work.walk.is_full(step) ? -1 : tile * C::kTileM};
         ptx::mbarrier_arrive_expect(&shared.q_full[stage], shared.q[0].kBytes + kStatBytes);
         load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
         load(shared.q[stage], &p.q, &shared.q_full[stage], head_q, query_rows(work, tile * C::kTileM));

@@ -163,26 +163,29 @@ struct ConsumerRole {
 
   // --- epilogue -----------------------------------------------------------------------------------------------------
 
-  // factor × an accumulator → the rows of the tile's keys, of a tensor of heads_kv × columns. With `staging`, a place in
-  // shared memory for the warp's 16 rows, they go out row by row.
+  // factor × an accumulator → the rows of the tile's keys, of a tensor of heads_kv × columns.
   template <int kColumns>
   __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, void* to,
-                                        const Strides& stride, int columns, void* staging = nullptr) {
-    const TileWork& tile = work();
+                                        const Strides& stride, int columns) {
     const int t = thread_of_tile();
-    const int first = tile.first_key + t / 32 * 16;  // of the warp
-    const auto row = [&](int key) {
-      return static_cast<Element*>(to) + tile.batch * stride.batch + int64_t{tile.k_begin + key} * stride.row +
-             tile.head_kv * stride.head;
-    };
-    if (staging) {
-      store_rows_staged(from, factor, static_cast<Element*>(staging), row(first), stride.row, tile.seqlen_k - first,
-                        columns, t % 32);
-    } else {
-      const int key = tile.first_key + from.row(t);
-      const int left = tile.seqlen_k - key;
-      store_rows(from, factor, row(key), 8 * stride.row, left <= 0 ? 0 : left <= 8 ? 1 : 2, columns, t);
-    }
+    const int key = work().first_key + from.row(t);
+    const int left = work().seqlen_k - key;
+    const int rows = left <= 0 ? 0 : left <= 8 ? 1 : 2;
+    store_rows(from, factor, row_of(to, stride, key), 8 * stride.row, rows, columns, t);
+  }
+  // The same through `staging`, a place in shared memory for this warp's 16 rows.
+  template <int kColumns>
+  __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, void* to,
+                                        const Strides& stride, int columns, void* staging) {
+    const int key = work().first_key + thread_of_tile() / 32 * 16;
+    store_rows_staged(from, factor, static_cast<Element*>(staging), row_of(to, stride, key), stride.row,
+                      work().seqlen_k - key, columns, thread() % 32);
+  }
+
+ private:
+  __device__ __forceinline__ Element* row_of(void* tensor, const Strides& stride, int key) const {
+    return static_cast<Element*>(tensor) + work().batch * stride.batch + int64_t{work().k_begin + key} * stride.row +
+           work().head_kv * stride.head;
   }
 };
 
