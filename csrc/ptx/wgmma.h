@@ -31,7 +31,9 @@ struct Wgmma;
 #define TILEWRIGHT_D8(i)                                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
+#define TILEWRIGHT_D12 TILEWRIGHT_D8(0), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
 #define TILEWRIGHT_D16 TILEWRIGHT_D8(0), TILEWRIGHT_D8(8)
+#define TILEWRIGHT_D24 TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16)
 #define TILEWRIGHT_D32 TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24)
 #define TILEWRIGHT_D40 TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32)
 #define TILEWRIGHT_D48 \
@@ -46,6 +48,9 @@ struct Wgmma;
   TILEWRIGHT_D8(0), TILEWRIGHT_D8(8), TILEWRIGHT_D8(16), TILEWRIGHT_D8(24), TILEWRIGHT_D8(32), TILEWRIGHT_D8(40), \
       TILEWRIGHT_D8(48), TILEWRIGHT_D8(56), TILEWRIGHT_D8(64), TILEWRIGHT_D8(72), TILEWRIGHT_D8(80),              \
       TILEWRIGHT_D8(88), TILEWRIGHT_D8(96), TILEWRIGHT_D8(104), TILEWRIGHT_D8(112), TILEWRIGHT_D8(120)
+#define TILEWRIGHT_NAMES12 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
+#define TILEWRIGHT_NAMES24 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 #define TILEWRIGHT_NAMES16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define TILEWRIGHT_NAMES32                                                 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -110,6 +115,14 @@ TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 32, 16, "%16", "%17", "%18", "%19", "%20
                  "%19", "%20")
 TILEWRIGHT_WGMMA(__half, "f16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", "%16", "%17", "%18", "%19",
                  "%20")
+TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 24, 12, "%12", "%13", "%14", "%15", "%16", "%17", "%18", "%12", "%13", "%14",
+                 "%15", "%16")
+TILEWRIGHT_WGMMA(__half, "f16", 24, 12, "%12", "%13", "%14", "%15", "%16", "%17", "%18", "%12", "%13", "%14", "%15",
+                 "%16")
+TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 48, 24, "%24", "%25", "%26", "%27", "%28", "%29", "%30", "%24", "%25", "%26",
+                 "%27", "%28")
+TILEWRIGHT_WGMMA(__half, "f16", 48, 24, "%24", "%25", "%26", "%27", "%28", "%29", "%30", "%24", "%25", "%26", "%27",
+                 "%28")
 TILEWRIGHT_WGMMA(__nv_bfloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%32", "%33", "%34",
                  "%35", "%36")
 TILEWRIGHT_WGMMA(__half, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%32", "%33", "%34", "%35",
@@ -136,8 +149,12 @@ TILEWRIGHT_WGMMA(__half, "f16", 256, 128, "%128", "%129", "%130", "%131", "%132"
                  "%130", "%131", "%132")
 
 #undef TILEWRIGHT_WGMMA
+#undef TILEWRIGHT_NAMES12
 #undef TILEWRIGHT_NAMES16
+#undef TILEWRIGHT_NAMES24
+#undef TILEWRIGHT_D12
 #undef TILEWRIGHT_D16
+#undef TILEWRIGHT_D24
 #undef TILEWRIGHT_NAMES32
 #undef TILEWRIGHT_D32
 #undef TILEWRIGHT_NAMES40

@@ -170,10 +170,11 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
   for (int i = threadIdx.x; i < kTileM * kHeadDim / 4; i += kRowThreads) {
     const float4 x = __ldcs(&sums[i]);
     constexpr bool kByRows = dq_by_rows(kHeadDim, kTileM);
-    constexpr int kColumns = kByRows ? kHeadDim : kTileM;                             // of the accumulators
+    constexpr int kColumns = dq_unit_columns(kHeadDim, kTileM);
+    constexpr int kWarpsDown = (kByRows ? kTileM : kHeadDim) / 16;
     const int lane = i % 32, j = i / 32 % (kColumns / 8), warp = i / (4 * kColumns);  // of all units
-    const int across = 8 * j + lane % 4 * 2;
-    const int down = warp * 16 + lane / 4;
+    const int across = warp / kWarpsDown * kColumns + 8 * j + lane % 4 * 2;
+    const int down = warp % kWarpsDown * 16 + lane / 4;
     const auto at = [&](int d, int a) -> Element& { return kByRows ? rows[d][a] : rows[a][d]; };
     at(down, across) = static_cast<Element>(x.x * p.scale);
     at(down, across + 1) = static_cast<Element>(x.y * p.scale);

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
       ptx::mbarrier_init(&shared.tile_full[i], 1);
       ptx::mbarrier_init(&shared.tile_empty[i], p.turns ? kWarps + 2 : kWarps);
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kTurnSlots; ++i) {
       ptx::mbarrier_init(&shared.turn_full[i], 1);
       ptx::mbarrier_init(&shared.added[i], kWarps);
       ptx::mbarrier_init(&shared.counted[i], 1);

@@ -66,10 +66,10 @@ struct SharedStorage {
   uint64_t dout_full[C::kStages], dout_empty[C::kStages];  // dO and delta
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
-  uint64_t turn_full[2], added[2], counted[2];  // see turns.cuh
+  uint64_t turn_full[kTurnSlots], added[kTurnSlots], counted[kTurnSlots];  // see turns.cuh
   TileWork tile[C::kTileSlots];
   StepWork step[C::kStepSlots];
-  WarpNotes<C::kDsBuffers> notes[C::kWarpgroups * 4];
+  uint32_t pending[8];  // a warp; see end_pending_turn
 };
 
 }  // namespace tilewright::backward

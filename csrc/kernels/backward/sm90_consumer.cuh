@@ -272,7 +272,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     if (thread() % 32 == 0) {
       if (p.turns) {
         ptx::fence_proxy_async_global();
-        this->notes().pending = of_step + 1;
+        this->pending() = of_step + 1;
       }
       ptx::bulk_reduce_add(p.dq_sum + part * Base::kWarpFloats, staging(), Base::kWarpFloats * sizeof(float));
       ptx::bulk_commit_group();

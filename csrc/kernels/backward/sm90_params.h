@@ -12,9 +12,15 @@ namespace tilewright::backward {
 
 using forward::RowCoordinates;
 
-// dQ of a step comes in units, a product each: 64 columns of Q × all its queries, transposed as everything else. With
-// as many queries as two products take and 64 columns in all, 64 queries × all columns instead.
-TILEWRIGHT_HOST_DEVICE constexpr bool dq_by_rows(int head_dim, int tile_m) { return head_dim == 64 && tile_m == 128; }
+// dQ of a step comes in units, a product each: 64 columns of Q × all its queries, transposed as everything else. Where
+// it takes fewer reads of shared memory, 64 queries × up to 128 columns instead.
+TILEWRIGHT_HOST_DEVICE constexpr bool dq_by_rows(int head_dim, int tile_m) {
+  return (head_dim == 64 && tile_m == 128) || (head_dim == 256 && tile_m == 64);
+}
+// Of a unit's accumulators: of dQ by rows, else of dQᵀ.
+TILEWRIGHT_HOST_DEVICE constexpr int dq_unit_columns(int head_dim, int tile_m) {
+  return !dq_by_rows(head_dim, tile_m) ? tile_m : head_dim < 128 ? head_dim : 128;
+}
 
 // A tile of keys of a packed batch. Rows that belong to no sequence have no queries: their gradients are zero.
 struct PackedKeyTile {
@@ -83,18 +89,12 @@ struct TileWork {
   QueryWalk walk;
 };
 
+constexpr int kTurnSlots = 4;  // steps that are on their way to their additions, at most; see turns.cuh
+
 // A tile of queries, as the producer announces it with its Q.
 struct StepWork {
   int number;  // of the tile
   int masked;  // its first query if not every query sees every key, else -1
-};
-
-// What a warp keeps in shared memory, for registers are scarce. Its lane 0 writes.
-template <int kDsBuffers>
-struct WarpNotes {
-  int head;              // of the group
-  int tile[kDsBuffers];  // of queries, whose dS lies in a buffer
-  uint32_t pending;      // 1 + the step whose addition by a bulk copy is not yet done, or 0
 };
 
 }  // namespace tilewright::backward

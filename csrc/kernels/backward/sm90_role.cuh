@@ -50,21 +50,8 @@ struct ConsumerRole {
     if (ptx::elect_one()) ptx::mbarrier_arrive(&empty);
   }
 
-  __device__ __forceinline__ auto& notes() { return shared.notes[warp_of_all()]; }
-  __device__ __forceinline__ void begin_head(int head) {
-    __syncwarp();
-    if (thread() % 32 == 0) notes().head = head;
-    __syncwarp();
-  }
-  __device__ __forceinline__ int head() { return notes().head; }
-  // Step i of a head in a tile's work: how many steps come before it, and the number of its tile of queries.
-  __device__ __forceinline__ int steps_before(int i) { return head() * work().walk.count + i; }
-  __device__ __forceinline__ int tile_number(int i) {
-    return work().first_tile + head() * p.head_tiles + work().walk.tile_at(i);
-  }
-
   __device__ __forceinline__ void first_tile() {
-    if (p.turns && thread() % 32 == 0) notes().pending = 0;
+    if (p.turns && thread() % 32 == 0) pending() = 0;
     wait_tile(0);
   }
   __device__ __forceinline__ void next_tile() {
@@ -85,14 +72,16 @@ struct ConsumerRole {
   using DqUnit = Accumulator<C::kUnitFloats / 64>;
 
   // dQᵀ = Kᵀ dSᵀ over all keys of the tile: the columns [64 unit, 64 unit + 64) of Q × the tile's queries from
-  // first_query on; or, by rows, dQ = dS K: the queries [64 unit, 64 unit + 64) × all columns
+  // first_query on. Or, by rows, dQ = dS K: 64 queries × all columns or 128 of them, the queries first.
   template <int kColumns>
   __device__ __forceinline__ void issue_dQ(Accumulator<kColumns>& dQ, int unit, int first_query, int buffer) {
     using Product = ptx::Wgmma<Element, kColumns>;
     constexpr int kRowBytes = 128;
     if constexpr (C::kDqByRows) {
-      const uint32_t k = unhoisted(shared.k[stage_k()].address());
-      const uint32_t ds = unhoisted(shared.ds[buffer].address() + unit * 64 * kRowBytes);
+      constexpr int kDown = C::kTileM / 64;
+      const int chunk = unit / kDown * (kColumns / 64);
+      const uint32_t k = unhoisted(shared.k[stage_k()].address() + chunk * shared.k[0].kChunkBytes);
+      const uint32_t ds = unhoisted(shared.ds[buffer].address() + unit % kDown * 64 * kRowBytes);
 #pragma unroll
       for (int i = 0; i < C::kTileN / 16; ++i) {
         Product::template ss<ptx::Major::kMN>(dQ.values, shared.ds[0].k_major(ds, i), shared.k[0].mn_major(k, i),
@@ -129,13 +118,13 @@ struct ConsumerRole {
   __device__ __forceinline__ static int64_t part_of_sum(int tile, int unit) {
     return (int64_t{tile} * C::kUnits + unit) * 4 + thread() / 32;
   }
-  // From column first_column of the unit on.
-  template <int kColumns>
+  // The columns 8 kBegin … 8 kEnd of an accumulator that starts at first_column of its unit.
+  template <int kBegin = 0, int kEnd = -1, int kColumns>
   __device__ __forceinline__ void add_from_registers(const Accumulator<kColumns>& dQ, int64_t part,
                                                      int first_column = 0) {
     float* to = p.dq_sum + part * kWarpFloats + first_column * 16 + thread() % 32 * 4;
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
+    for (int j = kBegin; j < (kEnd < 0 ? kColumns / 8 : kEnd); ++j) {
       const float* x = &dQ.values[4 * j];
       ptx::reduce_add(to + j * 128, x[0], x[1], x[2], x[3]);
     }
@@ -144,21 +133,22 @@ struct ConsumerRole {
   // --- turns.cuh ----------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void wait_turn(uint32_t of_step) {
-    if (p.turns) ptx::mbarrier_wait(&shared.turn_full[of_step % 2], of_step / 2 % 2);
+    if (p.turns) ptx::mbarrier_wait(&shared.turn_full[of_step % kTurnSlots], of_step / kTurnSlots % 2);
   }
   // All of this warp's additions of a step are done.
   __device__ __forceinline__ void end_turn(uint32_t of_step) {
     if (!p.turns) return;
     __syncwarp();
-    release(shared.added[of_step % 2]);
+    release(shared.added[of_step % kTurnSlots]);
   }
-  // Of a bulk copy that lane 0 has left pending.
+  // 1 + the step whose addition by a bulk copy lane 0 has left pending, or 0.
+  __device__ __forceinline__ uint32_t& pending() { return shared.pending[warp_of_all()]; }
   __device__ __forceinline__ void end_pending_turn() {
     __syncwarp();
-    if (thread() % 32 != 0 || notes().pending == 0) return;
+    if (thread() % 32 != 0 || pending() == 0) return;
     ptx::bulk_wait_group();
-    ptx::mbarrier_arrive(&shared.added[(notes().pending - 1) % 2]);
-    notes().pending = 0;
+    ptx::mbarrier_arrive(&shared.added[(pending() - 1) % kTurnSlots]);
+    pending() = 0;
   }
 
   // --- epilogue -----------------------------------------------------------------------------------------------------

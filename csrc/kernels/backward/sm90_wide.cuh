@@ -11,8 +11,11 @@
 // different work on the same 64 keys, each with one operand in registers, instead of both half of everything:
 //
 //     producer (one thread)     Q_0 lse_0 V dO_0 delta_0 K Q_1 lse_1 dO_1 …   one tile after the other
-//     probabilities, step n     half of dQ_{n-1} | S = K Qᵀ, P = exp(S - lse) → the other warpgroup | dV += P dO
-//     gradients, step n         dP = V dOᵀ | dS = P ∘ (dP - delta) → shared memory | dK += dS Q, half of dQ_n
+//     probabilities, step n     S = K Qᵀ, P = exp(S - lse) → the other warpgroup | half of dQ_{n-1}, dV += P dO
+//     gradients, step n         dP = V dOᵀ, dS = P ∘ (dP - delta) → shared memory | half of dQ_{n-1}, dK += dS Q
+//
+// The additions to dQ's sums set the pace: a warp that adds waits until the level 2 cache takes more. So it has a
+// product under way meanwhile, and each warpgroup adds in two parts, under its two products.
 namespace tilewright::backward {
 
 template <class C>
@@ -46,7 +49,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90_wide(const __gri
       ptx::mbarrier_init(&shared.tile_full[i], 1);
       ptx::mbarrier_init(&shared.tile_empty[i], p.turns ? kBoth + 2 : kBoth);
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kTurnSlots; ++i) {
       ptx::mbarrier_init(&shared.turn_full[i], 1);
       ptx::mbarrier_init(&shared.added[i], kBoth);
       ptx::mbarrier_init(&shared.counted[i], 1);

@@ -31,13 +31,12 @@ struct WideConfig {
   static constexpr int kConsumerRegisters = 240;
   static constexpr int kProducerRegisters = 24;
 
-  // dQᵀ of a step comes in units of 64 columns of Q, half of them for each warpgroup.
-  static constexpr bool kDqByRows = false;
-  static constexpr int kUnits = kHeadDim / 64;
-  static constexpr int kUnitsEach = kUnits / 2;
-  static constexpr int kUnitFloats = 64 * kTileM;
+  // dQ of a step comes in units of all queries × 128 columns of Q, one for each warpgroup.
+  static constexpr bool kDqByRows = dq_by_rows(kHeadDim, kTileM);
+  static constexpr int kUnitFloats = 64 * dq_unit_columns(kHeadDim, kTileM);
+  static constexpr int kUnits = kTileM * kHeadDim / kUnitFloats;
 
-  static_assert(kTileN == 64 && kTileM % 16 == 0 && kUnits % 2 == 0);
+  static_assert(kTileN == 64 && kTileM % 16 == 0 && kUnits == 2);
 };
 
 template <class C>
@@ -58,10 +57,10 @@ struct WideStorage {
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
   uint64_t p_full;
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
-  uint64_t turn_full[2], added[2], counted[2];  // see turns.cuh
+  uint64_t turn_full[kTurnSlots], added[kTurnSlots], counted[kTurnSlots];  // see turns.cuh
   TileWork tile[C::kTileSlots];
   StepWork step[C::kStepSlots];
-  WarpNotes<C::kDsBuffers> notes[8];
+  uint32_t pending[8];  // a warp; see end_pending_turn
 };
 
 }  // namespace tilewright::backward

@@ -18,7 +18,7 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
   using Base = ConsumerRole<C, WideStorage<C>>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
-  using Base::p, Base::shared, Base::warpgroup, Base::release, Base::thread;
+  using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::release, Base::thread;
 
   OperandA<Element, C::kTileM> P;
 
@@ -49,27 +49,49 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
     ptx::wgmma_commit();
   }
 
-  // This warpgroup's half of dQ: the units from first_unit() on.
-  struct HalfOfDq {
-    typename Base::DqUnit units[C::kUnitsEach];
+  // This warpgroup's half of dQ. Its first half is added under dV or dK, the second under S or dP of the step after: so
+  // the products of scores take the registers of the first half, and both always have a product to cover their
+  // additions.
+  typename Base::DqUnit dQ;
+  static constexpr int kMiddle = Base::DqUnit::kColumns / 16, kEnd = 2 * kMiddle;
 
-    __device__ __forceinline__ void pin() {
-#pragma unroll
-      for (auto& unit : units) unit.pin();
-    }
-  };
-  __device__ __forceinline__ int first_unit() const { return warpgroup * C::kUnitsEach; }
-  __device__ __forceinline__ void issue_half(HalfOfDq& dQ, int buffer) {
-#pragma unroll
-    for (int i = 0; i < C::kUnitsEach; ++i) this->issue_dQ(dQ.units[i], first_unit() + i, 0, buffer);
+  __device__ __forceinline__ int64_t part_of_step(uint32_t of_step) const {
+    return this->part_of_sum(shared.step[of_step % C::kStepSlots].number, warpgroup);
   }
-  __device__ __forceinline__ void add_half(const HalfOfDq& dQ, int tile, uint32_t of_step) {
+  __device__ __forceinline__ void add_first(uint32_t of_step) {
     this->wait_turn(of_step);
-#pragma unroll
-    for (int i = 0; i < C::kUnitsEach; ++i) {
-      this->add_from_registers(dQ.units[i], this->part_of_sum(tile, first_unit() + i));
-    }
+    this->template add_from_registers<0, kMiddle>(dQ, part_of_step(of_step));
+  }
+  __device__ __forceinline__ void add_second(uint32_t of_step) {
+    this->template add_from_registers<kMiddle, kEnd>(dQ, part_of_step(of_step));
     this->end_turn(of_step);
+  }
+
+  // All steps of a tile of keys. The compiler must see that the whole warp has one number.
+  __device__ __forceinline__ int count() const { return __shfl_sync(~0u, p.group * this->work().walk.count, 0); }
+  __device__ __forceinline__ void wait_dS(uint32_t of_step) {
+    ptx::mbarrier_wait(&shared.ds_full[of_step % C::kDsBuffers], of_step / C::kDsBuffers % 2);
+  }
+  // dQ of the step before. In the first step of a tile there is none: it is then of what lies there, and nobody takes
+  // it.
+  __device__ __forceinline__ void issue_dQ_before() {
+    ptx::wgmma_fence();
+    dQ.pin();
+    this->issue_dQ(dQ, warpgroup, 0, (steps - 1) % C::kDsBuffers);
+  }
+
+  // Of the last step of a tile.
+  __device__ __forceinline__ void finish_dq(int all) {
+    const uint32_t last = steps - 1;
+    if (all > 1) add_second(last - 1);
+    wait_dS(last);
+    issue_dQ_before();
+    ptx::wgmma_wait<0>();
+    dQ.pin();
+    release(shared.ds_empty[last % C::kDsBuffers]);
+    release(shared.k_empty[this->stage_k()]);
+    add_first(last);
+    add_second(last);
   }
 };
 
@@ -79,6 +101,7 @@ struct ProbabilityConsumer : WideConsumer<C> {
   using Base = WideConsumer<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
+  using Base::dQ;
   using Base::p, Base::shared, Base::steps, Base::P, Base::work, Base::stage, Base::parity, Base::release, Base::thread;
 
   Accumulator<C::kHeadDimV> dV;
@@ -95,48 +118,45 @@ struct ProbabilityConsumer : WideConsumer<C> {
 
   __device__ __forceinline__ void walk_queries() {
     this->wait_k();
-    for (this->begin_head(0); this->head() < p.group; this->begin_head(this->head() + 1)) {
+    const int all = this->count();
 #pragma unroll 1
-      for (int i = 0; i < work().walk.count; ++i) {
-        if (this->steps_before(i) > 0) finish_dq();
-        if (work().walk.is_full(i)) {
-          step<false>(i);
-        } else {
-          step<true>(i);
-        }
-      }
-    }
-    finish_dq();
-    release(shared.k_empty[this->stage_k()]);
+    for (int done = 0; done < all; ++done) step(done);
+    this->finish_dq(all);
   }
 
-  template <bool kMasked>
-  __device__ __forceinline__ void step(int i) {
+  __device__ __forceinline__ void step(int done) {
     OperandA<Element, C::kSoftcap ? C::kTileM : 16> slope;
     {
       Scores S;
       ptx::mbarrier_wait(&shared.q_full[stage()], parity());
+      const int masked = shared.step[steps % C::kStepSlots].masked;
       ptx::wgmma_fence();
       S.pin();
       this->issue_scores(S, shared.k[this->stage_k()], shared.q[stage()]);
+      if (done > 1) this->add_second(steps - 2);
       ptx::wgmma_wait<0>();
       S.pin();
       if constexpr (C::kSoftcap) cap_scores(S, slope, p.score_scale);
-      if constexpr (kMasked) {
+      if (masked >= 0) {
         const VisibleQueries queries(p.window, work().seqlen_q, work().seqlen_k);
-        mask_scores(S, queries, work().walk.tile_at(i) * C::kTileM, work().first_key, thread());
+        mask_scores(S, queries, masked, work().first_key, thread());
       }
       exponentiate(S, P, shared.lse2[stage()], p.to_log2, S.column(thread()));
     }
-    if (thread() % 32 == 0) this->notes().tile[steps % C::kDsBuffers] = this->tile_number(i);
+    P.pin();
+    if (done > 0) this->wait_dS(steps - 1);
     share_P(slope);
     release(shared.q_empty[stage()]);
     ptx::mbarrier_wait(&shared.dout_full[stage()], parity());
-    ptx::wgmma_fence();
+    this->issue_dQ_before();
     dV.pin();
     this->issue_gradient(dV, P, shared.dout[stage()]);
+    ptx::wgmma_wait<1>();
+    dQ.pin();
+    if (done > 0) this->add_first(steps - 1);
     ptx::wgmma_wait<0>();
     dV.pin();
+    if (done > 0) release(shared.ds_empty[(steps - 1) % C::kDsBuffers]);
     release(shared.dout_empty[stage()]);
     ++steps;
   }
@@ -155,33 +175,18 @@ struct ProbabilityConsumer : WideConsumer<C> {
     __syncwarp();
     release(shared.p_full);
   }
-
-  // Of the step before.
-  __device__ __forceinline__ void finish_dq() {
-    const uint32_t of_step = steps - 1;
-    const int buffer = of_step % C::kDsBuffers;
-    ptx::mbarrier_wait(&shared.ds_full[buffer], of_step / C::kDsBuffers % 2);
-    typename Base::HalfOfDq dQ;
-    ptx::wgmma_fence();
-    dQ.pin();
-    this->issue_half(dQ, buffer);
-    ptx::wgmma_wait<0>();
-    dQ.pin();
-    release(shared.ds_empty[buffer]);
-    this->add_half(dQ, this->notes().tile[buffer], of_step);
-  }
 };
 
-// dP = V dOᵀ    dS = P ∘ (dP - delta), for both    dK += dS Q    the other half of dQ
+// dP = V dOᵀ    dS = P ∘ (dP - delta), for both    dK += dS Q    the other half of dQ, one step late
 template <class C>
 struct GradientConsumer : WideConsumer<C> {
   using Base = WideConsumer<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
+  using Base::dQ;
   using Base::p, Base::shared, Base::steps, Base::P, Base::work, Base::stage, Base::parity, Base::release, Base::thread;
 
   Accumulator<C::kHeadDim> dK;
-  OperandA<Element, C::kTileM> dS;
 
   __device__ __forceinline__ void run() {
     this->first_tile();
@@ -196,23 +201,25 @@ struct GradientConsumer : WideConsumer<C> {
   __device__ __forceinline__ void walk_queries() {
     ptx::mbarrier_wait(&shared.v_full, work().loaded % 2);
     this->wait_k();
-    for (this->begin_head(0); this->head() < p.group; this->begin_head(this->head() + 1)) {
+    const int all = this->count();
 #pragma unroll 1
-      for (int i = 0; i < work().walk.count; ++i) step(i);
-    }
+    for (int done = 0; done < all; ++done) step(done);
     release(shared.v_empty);
-    release(shared.k_empty[this->stage_k()]);
+    this->finish_dq(all);
   }
 
-  __device__ __forceinline__ void step(int i) {
+  __device__ __forceinline__ void step(int done) {
     const int buffer = steps % C::kDsBuffers;
-    const uint32_t buffer_parity = steps / C::kDsBuffers % 2;
+    OperandA<Element, C::kTileM> dS;
+    // There is nothing to wait for. Without this ptxas waits for dP in the middle of the second half's additions.
+    ptx::wgmma_wait<0>();
     {
       Scores dP;
       ptx::mbarrier_wait(&shared.dout_full[stage()], parity());
       ptx::wgmma_fence();
       dP.pin();
       this->issue_scores(dP, shared.v, shared.dout[stage()]);
+      if (done > 1) this->add_second(steps - 2);
       take_P();
       ptx::wgmma_wait<0>();
       dP.pin();
@@ -221,26 +228,24 @@ struct GradientConsumer : WideConsumer<C> {
     dS.pin();
     __syncwarp();
     release(shared.dout_empty[stage()]);
-    ptx::mbarrier_wait(&shared.ds_empty[buffer], buffer_parity ^ 1);
+    ptx::mbarrier_wait(&shared.ds_empty[buffer], (steps / C::kDsBuffers + 1) % 2);
     this->write_dS(dS, buffer);
+    ptx::mbarrier_wait(&shared.q_full[stage()], parity());
+    if (done > 0) this->wait_dS(steps - 1);  // of all four warps
+    this->issue_dQ_before();
+    dK.pin();
+    this->issue_gradient(dK, dS, shared.q[stage()]);
+    // The fence waits for the writes, under the products.
     ptx::fence_proxy_async();
     __syncwarp();
     release(shared.ds_full[buffer]);
-    ptx::mbarrier_wait(&shared.q_full[stage()], parity());
-    // All four warps have written.
-    ptx::mbarrier_wait(&shared.ds_full[buffer], buffer_parity);
-    ptx::wgmma_fence();
-    dK.pin();
-    this->issue_gradient(dK, dS, shared.q[stage()]);
-    typename Base::HalfOfDq dQ;
+    ptx::wgmma_wait<1>();
     dQ.pin();
-    this->issue_half(dQ, buffer);
+    if (done > 0) this->add_first(steps - 1);
     ptx::wgmma_wait<0>();
     dK.pin();
-    dQ.pin();
+    if (done > 0) release(shared.ds_empty[(steps - 1) % C::kDsBuffers]);
     release(shared.q_empty[stage()]);
-    release(shared.ds_empty[buffer]);
-    this->add_half(dQ, this->tile_number(i), steps);
     ++steps;
   }
 

@@ -16,7 +16,7 @@ namespace tilewright::backward {
 //
 // Two warps beside the producer keep the counters, a thread each, so that no consumer waits for global memory: one sees
 // that a step's turn has come (turn_full), the other waits until every consumer warp has done its share of the step's
-// addition (added), counts it, and says so to the first (counted), which is never more than two steps ahead.
+// addition (added), counts it, and says so to the first (counted), which is never more than kTurnSlots steps ahead.
 //
 // No race: a consumer adds after turn_full, which the keeper completes after it has seen the counter (acquire), and
 // arrives at `added` when its additions are done; the other keeper counts (release) after that.
@@ -44,18 +44,18 @@ struct TurnKeeper {
 
   __device__ __forceinline__ void announce() {
     walk([&](const TileWork& work, int tile) {
-      ptx::mbarrier_wait(&shared.counted[step % 2], (step / 2 + 1) % 2);
+      ptx::mbarrier_wait(&shared.counted[step % kTurnSlots], (step / kTurnSlots + 1) % 2);
       const int turn = turn_of<C>(p, work, tile);
       while (ptx::load_acquire(p.turns + tile) != turn) {
       }
-      ptx::mbarrier_arrive(&shared.turn_full[step % 2]);
+      ptx::mbarrier_arrive(&shared.turn_full[step % kTurnSlots]);
     });
   }
   __device__ __forceinline__ void count() {
     walk([&](const TileWork&, int tile) {
-      ptx::mbarrier_wait(&shared.added[step % 2], step / 2 % 2);
+      ptx::mbarrier_wait(&shared.added[step % kTurnSlots], step / kTurnSlots % 2);
       ptx::reduce_add_release(p.turns + tile, 1);
-      ptx::mbarrier_arrive(&shared.counted[step % 2]);
+      ptx::mbarrier_arrive(&shared.counted[step % kTurnSlots]);
     });
   }
 
