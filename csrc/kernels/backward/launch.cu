@@ -129,9 +129,10 @@ void choose_order(KernelParams& kernel, const BackwardParams& p, const Shape& sh
   const bool uneven = shape.packed || p.window.right < p.seqlen_k || p.window.left < p.seqlen_k;
   const int64_t bytes_a_head = int64_t{std::max(p.seqlen_q, 1)} * kernel.group * (6 * p.head_dim + 2 * p.head_dim_v);
   const int64_t fitting = std::max<int64_t>(1, kGroupBytes / bytes_a_head);
-  constexpr int kBlocksInTurn = 4;
   int64_t heads = uneven ? fitting : 1;
-  if (kernel.turns) heads = std::max<int64_t>(fitting, blocks / kBlocksInTurn);
+  // In turns the blocks of a head wait for each other: the fewer at a time the better, the less so where a step takes
+  // long.
+  if (kernel.turns) heads = std::max<int64_t>(uneven ? 2 * fitting : fitting, blocks * (uneven ? 32 : 8) / p.head_dim);
   heads = std::min(heads, shape.heads_kv);
   kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(std::max<int64_t>(heads, 1)))};
   // With few tiles a block the static order is as good. Without queries nobody would reset the counter.
