@@ -62,6 +62,16 @@ struct QueryRange {
   }
 
   TILEWRIGHT_HOST_DEVICE int count() const { return end - begin; }
+
+  // The tiles of queries from this one on to `end` are visited by no tile of keys before the one that starts with
+  // first_key: their first query has lost the key before it, and there are no sink tokens, which the first tile holds.
+  TILEWRIGHT_HOST_DEVICE int first_fresh(const Window& window, int seqlen_q, int seqlen_k, int first_key,
+                                         int tile) const {
+    if (first_key == 0) return begin;
+    if (window.sink_tokens > 0) return end;
+    const int lost = clamp(VisibleQueries(window, seqlen_q, seqlen_k).last(first_key - 1), 0, seqlen_q);
+    return clamp(ceil_div(lost, tile), begin, end);
+  }
 };
 
 // The order in which a tile of keys visits its tiles of queries.

@@ -10,4 +10,14 @@ __device__ __forceinline__ int load_acquire(const int* from) {
   return x;
 }
 
+// Four float32, 16-byte aligned, from where red and the copy engine put them: not from this multiprocessor's L1 cache.
+__device__ __forceinline__ float4 load_relaxed(const float* from) {
+  float4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+
 }  // namespace tilewright::ptx
