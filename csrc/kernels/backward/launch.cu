@@ -34,15 +34,17 @@ struct Shape {
   int64_t row_tiles;   // of all heads
   int64_t key_tiles;   // of one head; packed: at most, of all parts
   int64_t heads_kv;    // times batch; packed: heads
+  BackwardHeads heads;
+  bool whole_heads;  // a block takes
 };
 
 // Of a packed batch the host knows the mean length.
-bool choose_shape(const BackwardParams& p, Shape& shape) {
+cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.packed = p.cu_seqlens_q != nullptr;
   const int sequences = shape.packed ? std::max(p.batch, 1) : 1;
   shape.index = select_backward_tile({p.head_dim, p.head_dim_v, p.softcap > 0, ceil_div(p.seqlen_q, sequences),
                                       ceil_div(p.seqlen_k, sequences), p.window.left, p.window.right});
-  if (shape.index < 0) return false;
+  if (shape.index < 0) return cudaErrorInvalidValue;
   shape.tile = kBackwardTiles[shape.index];
   const int batch = shape.packed ? 1 : p.batch;
   shape.head_tiles =
@@ -51,7 +53,12 @@ bool choose_shape(const BackwardParams& p, Shape& shape) {
       shape.packed ? max_packed_tiles(p.seqlen_k, p.batch, shape.tile.tile_n) : ceil_div(p.seqlen_k, shape.tile.tile_n);
   shape.row_tiles = shape.head_tiles * p.heads_q * batch;
   shape.heads_kv = int64_t{p.heads_kv} * batch;
-  return shape.row_tiles <= INT32_MAX && shape.key_tiles * shape.heads_kv <= INT32_MAX;
+  if (shape.row_tiles > INT32_MAX || shape.key_tiles * shape.heads_kv > INT32_MAX) return cudaErrorInvalidValue;
+  int blocks = 0;
+  const cudaError_t status = multiprocessors(blocks);
+  shape.heads = {shape.packed, shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k, blocks};
+  shape.whole_heads = status == cudaSuccess && takes_whole_heads(shape.tile, shape.heads);
+  return status;
 }
 
 struct Workspace {
@@ -76,10 +83,10 @@ Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape
     w.bytes += (count * sizeof(*to) + kAlignment - 1) / kAlignment * kAlignment;
   };
   const int64_t rows = shape.row_tiles * shape.tile.tile_m;
-  take(w.dq_sum, rows * shape.tile.head_dim);
+  take(w.dq_sum, shape.whole_heads ? sums_of_whole_heads(shape.tile, shape.heads) : rows * shape.tile.head_dim);
   take(w.lse2, rows);
   take(w.delta, rows);
-  if (p.deterministic) take(w.turns, shape.row_tiles);
+  if (p.deterministic && !shape.whole_heads) take(w.turns, shape.row_tiles);
   take(w.next_tile, 1);
   if (shape.packed) {
     take(w.num_packed, 1);
@@ -98,8 +105,10 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   kernel.delta = w.delta;
   kernel.dq_sum = w.dq_sum;
   kernel.turns = shape.row_tiles > 0 ? w.turns : nullptr;
+  kernel.dq = shape.whole_heads ? p.dq : nullptr;
   kernel.dk = p.dk;
   kernel.dv = p.dv;
+  kernel.dq_stride = p.dq_stride;
   kernel.dk_stride = p.dk_stride;
   kernel.dv_stride = p.dv_stride;
   kernel.window = p.window;
@@ -117,14 +126,15 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   // elements is as good as 0.
   const double scale = p.scale == 0 ? 1e-30 : std::abs(p.scale);
   kernel.scale = static_cast<float>(std::abs(p.scale));
+  kernel.dq_scale = static_cast<float>(p.scale);
   kernel.score_scale = p.softcap > 0 ? static_cast<float>(scale / p.softcap) : 0.f;
   kernel.to_log2 = static_cast<float>((p.softcap > 0 ? p.softcap : scale) * kLog2e);
   return kernel;
 }
 
-// Key tiles of one length run best one head after the other: the blocks at work then read the same queries at the same
-// time. Others, and those that follow each other in turns, fill each other's gaps with as many heads as the cache
-// holds.
+// Whole heads come in their order: all are as long. Else: key tiles of one length run best one head after the other:
+// the blocks at work then read the same queries at the same time. Others, and those that follow each other in turns,
+// fill each other's gaps with as many heads as the cache holds.
 void choose_order(KernelParams& kernel, const BackwardParams& p, const Shape& shape, int* next_tile, int blocks) {
   const bool uneven = shape.packed || p.window.right < p.seqlen_k || p.window.left < p.seqlen_k;
   const int64_t bytes_a_head = int64_t{std::max(p.seqlen_q, 1)} * kernel.group * (6 * p.head_dim + 2 * p.head_dim_v);
@@ -133,13 +143,13 @@ void choose_order(KernelParams& kernel, const BackwardParams& p, const Shape& sh
   // In turns the blocks of a head wait for each other: the fewer at a time the better, the less so where a step takes
   // long.
   if (kernel.turns) heads = std::max<int64_t>(uneven ? 2 * fitting : fitting, blocks * (uneven ? 32 : 8) / p.head_dim);
-  heads = std::min(heads, shape.heads_kv);
+  heads = shape.whole_heads ? 1 : std::min(heads, shape.heads_kv);
   kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(std::max<int64_t>(heads, 1)))};
   // With few tiles a block the static order is as good. Without queries nobody would reset the counter.
   constexpr int64_t kStaticRounds = 2;
   const bool many = uneven && shape.key_tiles * shape.heads_kv > blocks * kStaticRounds;
   const bool dynamic = shape.packed || kernel.turns || (many && shape.row_tiles > 0);
-  kernel.next_tile = dynamic ? next_tile : nullptr;
+  kernel.next_tile = dynamic && !shape.whole_heads ? next_tile : nullptr;
 }
 
 cudaError_t make_tensor_maps(KernelParams& kernel, const BackwardParams& p, const Shape& shape) {
@@ -162,7 +172,7 @@ RowParams row_params(const BackwardParams& p, const KernelParams& kernel, const 
   RowParams rows{};
   rows.out = p.out;
   rows.dout = p.dout;
-  rows.dq = p.dq;
+  rows.dq = kernel.dq ? nullptr : p.dq;
   rows.out_stride = p.out_stride;
   rows.dout_stride = p.dout_stride;
   rows.dq_stride = p.dq_stride;
@@ -212,24 +222,24 @@ bool has_queries(const BackwardParams& p) { return p.seqlen_q > 0 && (p.cu_seqle
 
 size_t backward_workspace_bytes(const BackwardParams& params) {
   Shape shape{};
-  if (!has_queries(params) || !choose_shape(params, shape)) return 0;
+  if (!has_queries(params) || choose_shape(params, shape) != cudaSuccess) return 0;
   return workspace_at(nullptr, params, shape).bytes;
 }
 
 cudaError_t backward_sm90(const BackwardParams& params, void* workspace, cudaStream_t stream) {
   if (!has_queries(params)) return clear_gradients(params, stream);
   Shape shape{};
-  int blocks = 0;
-  if (!choose_shape(params, shape)) return cudaErrorInvalidValue;
-  cudaError_t status = multiprocessors(blocks);
+  cudaError_t status = choose_shape(params, shape);
   if (status != cudaSuccess) return status;
   const Workspace w = workspace_at(workspace, params, shape);
   Launch launch{};
   launch.main = kernel_params(params, shape, w);
+  const int blocks = shape.heads.multiprocessors;
   choose_order(launch.main, params, shape, w.next_tile, blocks);
   launch.rows = row_params(params, launch.main, w);
   launch.row_tiles = shape.row_tiles;
-  launch.blocks = params.seqlen_k > 0 ? std::min<int64_t>(blocks, shape.key_tiles * shape.heads_kv) : 0;
+  const int64_t portions = shape.whole_heads ? shape.heads_kv : shape.key_tiles * shape.heads_kv;
+  launch.blocks = params.seqlen_k > 0 ? std::min<int64_t>(blocks, portions) : 0;
   if (launch.blocks > 0) status = make_tensor_maps(launch.main, params, shape);
   if (status == cudaSuccess && shape.packed) {
     backward::prepare_packed<<<1, kPrepareThreads, 0, stream>>>(

@@ -7,7 +7,7 @@
 
 namespace tilewright::backward {
 
-// What one call launches: a block a tile of rows before and after the main kernel.
+// What one call launches: a block a tile of rows before the main kernel, and after it unless it writes dQ itself.
 struct Launch {
   KernelParams main;
   RowParams rows;

@@ -12,7 +12,7 @@ namespace tilewright::backward {
 struct RowParams {
   const void* out;   // (batch, seqlen_q, heads_q, head_dim_v)
   const void* dout;  // like out
-  void* dq;          // (batch, seqlen_q, heads_q, head_dim)
+  void* dq;          // (batch, seqlen_q, heads_q, head_dim), or null where the main kernel writes it (whole_heads.cuh)
   Strides out_stride;
   Strides dout_stride;
   Strides dq_stride;
@@ -102,7 +102,8 @@ __device__ __forceinline__ void write_row(const RowParams& p, const RowTile& til
   p.delta[to] = delta;
 }
 
-// delta = rowsum(dO ∘ O) - dlse, lse in powers of two, dQ's sums and their turns ← 0. A block a tile.
+// delta = rowsum(dO ∘ O) - dlse, lse in powers of two, dQ's sums and their turns ← 0 where dQ is made of them later. A
+// block a tile.
 template <class Element, int kHeadDim, int kHeadDimV, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constant__ RowParams p) {
   ptx::launch_dependent_grids();
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
   if (p.turns && threadIdx.x == 0) p.turns[tile.number] = 0;
   float4* sums = reinterpret_cast<float4*>(p.dq_sum + int64_t{tile.number} * kTileM * kHeadDim);
 #pragma unroll 4
-  for (int i = threadIdx.x; rows > 0 && i < kTileM * kHeadDim / 4; i += kRowThreads)
+  for (int i = threadIdx.x; p.dq && rows > 0 && i < kTileM * kHeadDim / 4; i += kRowThreads)
     sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {

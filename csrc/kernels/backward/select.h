@@ -77,4 +77,42 @@ constexpr int select_backward_tile(const BackwardProblem& problem) {
   return -1;
 }
 
+// What the choice of whole heads depends on: a block takes a key head with all its tiles of keys, keeps dQ's sums of
+// the head in the L2 cache, and writes dQ itself (whole_heads.cuh).
+struct BackwardHeads {
+  bool packed;
+  int64_t heads_kv;  // times batch
+  int group;         // query heads a key head
+  int seqlen_q;
+  int seqlen_k;
+  int multiprocessors;
+};
+
+// dQ's sums of the heads at work, which should stay in the L2 cache (50 MB).
+constexpr int64_t kWholeHeadsBytes = 36 << 20;
+
+// So many multiprocessors take heads at a time.
+constexpr int64_t blocks_of_whole_heads(const BackwardHeads& heads) {
+  return heads.heads_kv < heads.multiprocessors ? heads.heads_kv : heads.multiprocessors;
+}
+
+// Floats of dQ's sums for them.
+constexpr int64_t sums_of_whole_heads(const BackwardTile& tile, const BackwardHeads& heads) {
+  const int64_t rows = int64_t{ceil_div(heads.seqlen_q, tile.tile_m)} * tile.tile_m;
+  return blocks_of_whole_heads(heads) * heads.group * rows * tile.head_dim;
+}
+
+// The sums must fit, and the last round of heads must leave few multiprocessors idle: at most 5% of all rounds, or as
+// little as there can be with four rounds. A head of one tile is no more work than its tile. The wide kernel does not
+// know this mode.
+constexpr bool takes_whole_heads(const BackwardTile& tile, const BackwardHeads& heads,
+                                 int64_t bytes = kWholeHeadsBytes) {
+  if (heads.packed || heads.heads_kv < 1 || heads.seqlen_q < 1 || heads.seqlen_k < 1) return false;
+  if (tile.head_dim_v > 128) return false;
+  if (sums_of_whole_heads(tile, heads) > bytes / 4) return false;
+  if (heads.seqlen_k <= tile.tile_n || heads.heads_kv >= int64_t{4} * heads.multiprocessors) return true;
+  const int64_t rounds = (heads.heads_kv + heads.multiprocessors - 1) / heads.multiprocessors;
+  return rounds * heads.multiprocessors * 100 <= heads.heads_kv * 105;
+}
+
 }  // namespace tilewright

@@ -21,7 +21,8 @@
 //                             memory | dK += dS Q
 //
 // dQ is what couples the warpgroups: it needs the dS of all of them. It comes one or two steps late, so that nobody
-// waits for it. docs/backward.md says what this order is worth.
+// waits for it. docs/backward.md says what this order is worth. Where heads are short a block takes all tiles of a key
+// head and converts the sums itself (whole_heads.cuh).
 namespace tilewright::backward {
 
 template <class C>

@@ -3,6 +3,7 @@
 #include "kernels/backward/fragment_gradient.h"
 #include "kernels/backward/sm90_config.cuh"
 #include "kernels/backward/sm90_role.cuh"
+#include "kernels/backward/whole_heads.cuh"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
@@ -55,6 +56,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
         this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v);
         this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim);
       }
+      if (p.dq) WholeHeads<C>{p, work(), warpgroup, thread()}.end_tile();
       this->next_tile();
     }
     if (C::kBulk && thread() % 32 == 0) ptx::bulk_wait_group_read();
@@ -252,10 +254,13 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
         *reinterpret_cast<float4*>(to + j * 128) = make_float4(x[0], x[1], x[2], x[3]);
       }
     } else {
-      const int tile = shared.step[of_step % C::kStepSlots].number;
+      float* const sums = shared.step[of_step % C::kStepSlots].sums;
+      const bool fresh = shared.step[of_step % C::kStepSlots].fresh;
       this->wait_turn(of_step);
-      this->add_from_registers(dQ.unit, this->part_of_sum(tile, warpgroup), 0);
-      if constexpr (C::kSplitUnit) this->add_from_registers(dQ.half, this->part_of_sum(tile, 2), first_of_half());
+      this->add_from_registers(dQ.unit, this->part_of_sum(sums, warpgroup), fresh);
+      if constexpr (C::kSplitUnit) {
+        this->add_from_registers(dQ.half, this->part_of_sum(sums, 2), fresh, first_of_half());
+      }
       this->end_turn(of_step);
     }
   }
@@ -267,15 +272,24 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     __syncwarp();
   }
   __device__ __forceinline__ void add_staged(uint32_t of_step) {
-    const int64_t part = this->part_of_sum(shared.step[of_step % C::kStepSlots].number, warpgroup);
+    const StepWork& of = shared.step[of_step % C::kStepSlots];
+    float* to = of.sums;
+    const bool fresh = of.fresh;
     this->wait_turn(of_step);
     if (thread() % 32 == 0) {
       if (p.turns) {
         ptx::fence_proxy_async_global();
         this->pending() = of_step + 1;
       }
-      ptx::bulk_reduce_add(p.dq_sum + part * Base::kWarpFloats, staging(), Base::kWarpFloats * sizeof(float));
-      ptx::bulk_commit_group();
+      to += warp_of_all() * Base::kWarpFloats;
+      // Each with its own commit: without, the compiler goes through both under predicates, instead of a branch.
+      if (fresh) {
+        ptx::bulk_store(to, staging(), Base::kWarpFloats * sizeof(float));
+        ptx::bulk_commit_group();
+      } else {
+        ptx::bulk_reduce_add(to, staging(), Base::kWarpFloats * sizeof(float));
+        ptx::bulk_commit_group();
+      }
     }
   }
 };

@@ -48,10 +48,13 @@ struct KernelParams {
   CUtensorMap v;       // 64 × tile_n
   const float* lse2;   // (tiles, tile_m): lse log2(e); +inf where a row sees nothing or is no row
   const float* delta;  // (tiles, tile_m)
-  float* dq_sum;       // (tiles, head_dim / 64, 4, tile_m / 8, 32, 4): in the order of the accumulators, see add_dq
+  float* dq_sum;       // (tiles, head_dim / 64, 4, tile_m / 8, 32, 4): in the order of the accumulators, see
+                       // part_of_sum; whole heads: (blocks, tiles of a key head, …), see whole_heads.cuh
   int* turns;          // (tiles,): see turns.cuh; null where the order of dQ's sums is free
+  void* dq;            // (batch, seqlen_q, heads_q, head_dim) where blocks take whole heads, else null
   void* dk;
   void* dv;
+  Strides dq_stride;
   Strides dk_stride;
   Strides dv_stride;
   Window window;
@@ -68,6 +71,7 @@ struct KernelParams {
   int head_dim;
   int head_dim_v;
   float scale;
+  float dq_scale;     // scale with its sign, which is in q otherwise
   float score_scale;  // softcap only: scale / softcap
   float to_log2;      // scale log2(e); with softcap: softcap log2(e)
 };
@@ -82,6 +86,8 @@ struct TileWork {
   int k_begin;
   int seqlen_k;
   int first_tile;   // of queries: the number of tile 0 of the first head of the group
+  int first_sum;    // the same in dq_sum
+  int first_fresh;  // whole heads: these tiles of queries and those behind have no part of dQ yet; else behind all
   uint32_t number;  // tiles announced before
   uint32_t loaded;  // tiles of K and V loaded before
   int next;         // the producer's: the index of the tile after this one
@@ -93,8 +99,10 @@ constexpr int kTurnSlots = 4;  // steps that are on their way to their additions
 
 // A tile of queries, as the producer announces it with its Q.
 struct StepWork {
-  int number;  // of the tile
-  int masked;  // its first query if not every query sees every key, else -1
+  float* sums;  // of its dQ
+  int number;   // of the tile
+  int masked;   // its first query if not every query sees every key, else -1
+  bool fresh;   // nothing has been added up in `sums` yet: what comes is stored
 };
 
 }  // namespace tilewright::backward

@@ -18,15 +18,16 @@ struct Producer {
   __device__ __forceinline__ void run() {
     // The order of the sums of dQ is safe only if a block that takes a tile is at work on it (see turns.cuh): there
     // even the first tile comes from the counter.
-    int index = p.turns ? atomicAdd(p.next_tile, 1) : static_cast<int>(blockIdx.x);
+    int index = p.turns ? atomicAdd(p.next_tile, 1) : static_cast<int>(blockIdx.x) * (p.dq ? p.tiles : 1);
     uint32_t number = 0, loaded = 0;
     while (index < (p.packed ? *p.num_packed : p.tiles) * p.order.heads) {
       TileWork& work = next_slot(number);
       work.loaded = loaded;
-      work.next = next_index(number + 1);
+      work.next = p.dq ? index + 1 : next_index(number + 1);
       work.last = false;
       describe(work, index);
-      publish(number);
+      if (p.dq) describe_sums(work);
+      publish(work.number);
       load_tile(work);
       index = work.next;
       number = work.number + 1;
@@ -86,6 +87,23 @@ struct Producer {
         QueryRange::of(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileN, C::kTileM);
     // Downwards and with a fixed order of the sums, blocks follow each other over the queries a step apart.
     work.walk = p.turns ? QueryWalk::downwards(range) : QueryWalk::upwards(range, work.first_key / C::kTileN);
+    work.first_sum = work.first_tile;
+    work.first_fresh = range.end;
+  }
+  // Whole heads: after a tile of keys comes the next of its head, after the last the first of the block's next head.
+  // The tiles walk the queries upwards and downwards in turn: what one has read and added to last is still in the L2
+  // cache when the next one begins.
+  __device__ __forceinline__ void describe_sums(TileWork& work) const {
+    const QueryRange range =
+        QueryRange::of(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileN, C::kTileM);
+    work.walk = work.first_key / C::kTileN % 2 ? QueryWalk::downwards(range) : QueryWalk::upwards(range, 0);
+    work.first_fresh = range.first_fresh(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileM);
+    forget_values();
+    unsigned blocks, block;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    work.first_sum = static_cast<int>(block) * p.group * p.head_tiles;
+    if (work.first_key + C::kTileN >= work.seqlen_k) work.next += (static_cast<int>(blocks) - 1) * p.tiles;
   }
   // What has been written so far is read again where it is used: all of it at once would take too many registers.
   __device__ __forceinline__ static void forget_values() { asm volatile("" ::: "memory"); }
@@ -100,7 +118,12 @@ struct Producer {
         const uint32_t empty_parity = (steps / C::kStages + 1) % 2;
         const int tile = work.walk.tile_at(step);
         const int number = work.first_tile + head * p.head_tiles + tile;
-        shared.step[steps % C::kStepSlots] = {number, work.walk.is_full(step) ? -1 : tile * C::kTileM};
+        const int sum = work.first_sum + head * p.head_tiles + tile;
+        StepWork& of = shared.step[steps % C::kStepSlots];
+        of.sums = p.dq_sum + int64_t{sum} * (C::kTileM * C::kHeadDim);
+        of.number = number;
+        of.masked = work.walk.is_full(step) ? -1 : tile * C::kTileM;
+        of.fresh = tile >= work.first_fresh;
         const int head_q = work.head_kv * p.group + head;
 
         if (first && C::kStagesK > 1) load_k(work);

@@ -115,18 +115,28 @@ struct ConsumerRole {
   // A unit's sums lie in the order of the accumulators, warp after warp: what a thread holds in row(thread) + i / 2 * 8
   // and column 8 j + column(thread) + i % 2 is at (unit, warp, j, lane, i).
   static constexpr int kWarpFloats = C::kUnitFloats / 4;
-  __device__ __forceinline__ static int64_t part_of_sum(int tile, int unit) {
-    return (int64_t{tile} * C::kUnits + unit) * 4 + thread() / 32;
+  // This warp's part of a unit of a tile's sums.
+  __device__ __forceinline__ static float* part_of_sum(float* sums, int unit) {
+    return sums + (unit * 4 + thread() / 32) * kWarpFloats;
   }
-  // The columns 8 kBegin … 8 kEnd of an accumulator that starts at first_column of its unit.
+  // The columns 8 kBegin … 8 kEnd of an accumulator that starts at first_column of its unit; stored where nothing has
+  // been added up yet.
   template <int kBegin = 0, int kEnd = -1, int kColumns>
-  __device__ __forceinline__ void add_from_registers(const Accumulator<kColumns>& dQ, int64_t part,
+  __device__ __forceinline__ void add_from_registers(const Accumulator<kColumns>& dQ, float* part, bool fresh,
                                                      int first_column = 0) {
-    float* to = p.dq_sum + part * kWarpFloats + first_column * 16 + thread() % 32 * 4;
+    float* to = part + first_column * 16 + thread() % 32 * 4;
+    if (fresh) {
 #pragma unroll
-    for (int j = kBegin; j < (kEnd < 0 ? kColumns / 8 : kEnd); ++j) {
-      const float* x = &dQ.values[4 * j];
-      ptx::reduce_add(to + j * 128, x[0], x[1], x[2], x[3]);
+      for (int j = kBegin; j < (kEnd < 0 ? kColumns / 8 : kEnd); ++j) {
+        const float* x = &dQ.values[4 * j];
+        *reinterpret_cast<float4*>(to + j * 128) = make_float4(x[0], x[1], x[2], x[3]);
+      }
+    } else {
+#pragma unroll
+      for (int j = kBegin; j < (kEnd < 0 ? kColumns / 8 : kEnd); ++j) {
+        const float* x = &dQ.values[4 * j];
+        ptx::reduce_add(to + j * 128, x[0], x[1], x[2], x[3]);
+      }
     }
   }
 

@@ -55,15 +55,15 @@ struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
   typename Base::DqUnit dQ;
   static constexpr int kMiddle = Base::DqUnit::kColumns / 16, kEnd = 2 * kMiddle;
 
-  __device__ __forceinline__ int64_t part_of_step(uint32_t of_step) const {
-    return this->part_of_sum(shared.step[of_step % C::kStepSlots].number, warpgroup);
+  __device__ __forceinline__ float* part_of_step(uint32_t of_step) const {
+    return this->part_of_sum(shared.step[of_step % C::kStepSlots].sums, warpgroup);
   }
   __device__ __forceinline__ void add_first(uint32_t of_step) {
     this->wait_turn(of_step);
-    this->template add_from_registers<0, kMiddle>(dQ, part_of_step(of_step));
+    this->template add_from_registers<0, kMiddle>(dQ, part_of_step(of_step), false);
   }
   __device__ __forceinline__ void add_second(uint32_t of_step) {
-    this->template add_from_registers<kMiddle, kEnd>(dQ, part_of_step(of_step));
+    this->template add_from_registers<kMiddle, kEnd>(dQ, part_of_step(of_step), false);
     this->end_turn(of_step);
   }
 
