@@ -4,6 +4,7 @@ import itertools
 
 import cases
 import pytest
+import tiles
 import torch
 from layouts import GRADIENT_LAYOUTS, LAYOUTS, lay_out
 
@@ -86,6 +87,47 @@ def test_windows(device, dtype, window, causal):
         q, k, v = cases.make(device, dtype, batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=head_dim)
         for sink_tokens in (0, 3, 170):
             cases.check_gradients(q, k, v, window=window, causal=causal, sink_tokens=sink_tokens)
+
+
+WHOLE_HEADS = [
+    {},
+    {"causal": True},
+    {"window": (30, 12)},
+    {"window": (70, 0), "sink_tokens": 3},
+    {"causal": True, "softcap": 9.0},
+    {"scale": -0.2},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", WHOLE_HEADS, ids=str)
+@pytest.mark.parametrize("heads_q", [2, 4])
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, seqlen_q, seqlen_k",
+    [
+        (64, 64, 250, 270),
+        (64, 64, 190, 600),
+        (64, 64, 250, 200),
+        (128, 128, 130, 300),
+        (128, 128, 150, 600),
+        (120, 104, 190, 290),
+        (192, 128, 100, 300),
+    ],
+)
+def test_whole_heads(device, dtype, head_dim, head_dim_v, seqlen_q, seqlen_k, heads_q, options):
+    """Blocks that take two key heads each, from end to end (kernels/backward/whole_heads.cuh). The bits are the same
+    every run, whatever `deterministic` says."""
+    count = tiles.multiprocessors(device)
+    lengths = [seqlen_q] * count, [seqlen_k] * count
+    problem = tiles.Problem(head_dim, head_dim_v, *lengths, False, options, heads_q, heads_kv=2)
+    tile = problem.backward_tile(count)
+    assert tile["whole_heads"] and seqlen_k > tile["tile_n"]
+    (q, k, v), options = problem.make(device, dtype)
+    dout, dlse = cases.into_outputs(q, v)
+    grads = cases.check_gradients(q, k, v, dout=dout, dlse=dlse, **options)
+    for deterministic in (False, True):
+        again = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=deterministic, **options)
+        assert all(torch.equal(grad, grads[name]) for name, grad in again.items())
 
 
 @pytest.mark.parametrize("heads_q, heads_kv", [(3, 3), (6, 2), (8, 1), (5, 1)])

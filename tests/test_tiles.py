@@ -72,6 +72,79 @@ def test_choice_of_the_backward(head_dim, head_dim_v, **problem):
     assert tile["tile_m"] % 16 == 0 and tile["tile_n"] % 64 == 0
 
 
+@given(
+    head_dim=head_dims,
+    softcap=st.booleans(),
+    seqlen_q=st.one_of(st.integers(0, 4096), lengths),
+    seqlen_k=st.one_of(st.integers(0, 4096), lengths),
+    causal=st.booleans(),
+    heads_kv=st.integers(0, 1 << 12),
+    group=st.sampled_from([1, 2, 3, 8, 64]),
+    multiprocessors=st.integers(1, 200),
+)
+def test_choice_of_whole_heads(head_dim, softcap, seqlen_q, seqlen_k, causal, heads_kv, group, multiprocessors):
+    """Where the sums fit in the L2 cache and the last round of heads leaves few multiprocessors idle."""
+    problem = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "window_right": 0 if causal else None}
+    heads = {"heads_kv": heads_kv, "group": group, "multiprocessors": multiprocessors}
+    tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, **heads)
+    rows = -(-seqlen_q // tile["tile_m"]) * tile["tile_m"]
+    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= 36 << 20
+    rounds = -(-heads_kv // multiprocessors)
+    one_tile = seqlen_k <= tile["tile_n"]
+    even = one_tile or rounds * multiprocessors <= 1.05 * heads_kv or heads_kv >= 4 * multiprocessors
+    some = heads_kv > 0 and seqlen_q > 0 and seqlen_k > 0
+    assert tile["whole_heads"] == (some and fits and even and tile["head_dim_v"] <= 128)
+    assert not _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, **heads, packed=True)["whole_heads"]
+
+
+@pytest.mark.parametrize(
+    "head_dim, seqlen, heads, whole",
+    [(64, 512, 1024, True), (64, 1024, 512, True), (64, 2048, 256, False), (128, 512, 512, True),
+     (128, 1024, 256, False), (256, 256, 512, False), (128, 512, 160, False),
+     (128, 300, 16, False), (128, 128, 3, True)],
+)  # fmt: skip
+def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole):
+    """Those of docs/backward.md: 16,384 tokens, heads × head_dim = 2,048, on an H200; and few heads."""
+    tile = _tilewright.backward_tile(head_dim, head_dim, seqlen_q=seqlen, seqlen_k=seqlen, heads_kv=heads)
+    assert tile["whole_heads"] == whole
+
+
+bounds = st.none() | st.integers(0, 300)
+TILES = sorted({(16, 64), (48, 128), (64, 64), (64, 128), (64, 192), (80, 128), (80, 192)})
+
+
+@given(
+    seqlen_q=st.integers(1, 700),
+    seqlen_k=st.integers(1, 700),
+    tile=st.sampled_from(TILES),
+    window_left=bounds,
+    window_right=bounds,
+    sink_tokens=st.sampled_from([0, 0, 1, 64, 200]),
+)
+def test_walk_of_the_backward(seqlen_q, seqlen_k, tile, window_left, window_right, sink_tokens):
+    """Each tile of queries is new to the first tile of keys that visits it, and to no other; it is visited when one of
+    its queries sees a key."""
+    tile_m, tile_n = tile
+    window = (window_left, window_right, sink_tokens)
+    visited = set()
+    for begin, end, fresh in _tilewright.backward_walk(seqlen_q, seqlen_k, tile_m, tile_n, *window):
+        assert begin <= fresh <= end
+        tiles_of_step = set(range(begin, end))
+        assert set(range(fresh, end)) == tiles_of_step - visited
+        visited |= tiles_of_step
+    # As the conversion of dQ's sums sees it, and as it is.
+    ((begin, end, fresh),) = _tilewright.backward_walk(seqlen_q, seqlen_k, tile_m, seqlen_k, *window)
+    assert visited == set(range(begin, end)) and fresh == begin
+    position = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+    key = torch.arange(seqlen_k)
+    sees = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
+    if window_left is not None:
+        sees &= (key >= position - window_left) | (key < sink_tokens)
+    if window_right is not None:
+        sees &= key <= position + window_right
+    assert visited == {i // tile_m for i in sees.any(1).nonzero().flatten().tolist()}
+
+
 @pytest.mark.cuda_build
 def test_chosen_of_the_backward_are_compiled():
     """No problem gets a tile that is not there, and each that is there is some problem's."""

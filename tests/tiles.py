@@ -1,7 +1,7 @@
 """Small problems that between them use every compiled instance of the Hopper forward, and which of them uses which.
 
-What the forward takes for a problem is asked of the package itself (csrc/kernels/forward/select.h), by the same numbers
-that csrc/kernels/forward/launch.cu hands to it.
+What forward and backward take for a problem is asked of the package itself (csrc/kernels/*/select.h), by the same
+numbers that csrc/kernels/*/launch.cu hand to it.
 """
 
 import dataclasses
@@ -35,23 +35,36 @@ class Problem:
         pairs = sum(q * k for q, k in zip(self.lengths_q, self.lengths_k, strict=True))
         return pairs * (self.head_dim + self.head_dim_v)
 
-    def tile(self, multiprocessors):
-        """What the forward uses for it. A packed batch goes by its mean length."""
+    def _choice(self):
+        """What both choices go by. A packed batch goes by its mean length."""
         around = FIRST + TAIL if self.packed else 0
         batch = len(self.lengths_q)
         rows, keys = (-((sum(x) + around) // -batch) if self.packed else x[0] for x in (self.lengths_q, self.lengths_k))
         left, right = self.options.get("window", (None, None))
         if self.options.get("causal"):
             right = 0
-        return _tilewright.forward_tile(
-            self.head_dim,
-            self.head_dim_v,
-            softcap=self.options.get("softcap", 0.0) > 0,
-            heads=self.heads_q * batch,
-            seqlen_q=rows,
-            seqlen_k=keys,
-            window_left=left,
-            window_right=right,
+        return {
+            "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
+            "softcap": self.options.get("softcap", 0.0) > 0,
+            "seqlen_q": rows,
+            "seqlen_k": keys,
+            "window_left": left,
+            "window_right": right,
+        }
+
+    def tile(self, multiprocessors):
+        """What the forward uses for it."""
+        heads = self.heads_q * len(self.lengths_q)
+        return _tilewright.forward_tile(**self._choice(), heads=heads, multiprocessors=multiprocessors)
+
+    def backward_tile(self, multiprocessors):
+        """What the backward uses for it."""
+        return _tilewright.backward_tile(
+            **self._choice(),
+            packed=self.packed,
+            heads_kv=self.heads_kv * len(self.lengths_q),
+            group=self.heads_q // self.heads_kv,
             multiprocessors=multiprocessors,
         )
 
