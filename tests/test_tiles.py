@@ -88,7 +88,7 @@ def test_choice_of_whole_heads(head_dim, softcap, seqlen_q, seqlen_k, causal, he
     heads = {"heads_kv": heads_kv, "group": group, "multiprocessors": multiprocessors}
     tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, **heads)
     rows = -(-seqlen_q // tile["tile_m"]) * tile["tile_m"]
-    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= 36 << 20
+    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= 18 << 20
     rounds = -(-heads_kv // multiprocessors)
     one_tile = seqlen_k <= tile["tile_n"]
     even = one_tile or rounds * multiprocessors <= 1.05 * heads_kv or heads_kv >= 4 * multiprocessors

@@ -4,7 +4,7 @@
 
 namespace tilewright::ptx {
 
-// elect.sync: true in one thread of a warp, which all 32 execute together.
+// elect.sync: true in one thread of a warp, which all 32 execute together. It is the same one every time.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
   asm volatile(

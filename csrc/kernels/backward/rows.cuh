@@ -46,8 +46,11 @@ struct RowTile {
   int rows;       // none if not positive
   bool in_sequence;
 
+  // Of this block. From the last to the first: the main kernel begins with the first heads and ends with the last, and
+  // what was written last is still in the L2 cache.
   template <int kTileM>
-  __device__ __forceinline__ static RowTile of(const RowParams& p, int block) {
+  __device__ __forceinline__ static RowTile of(const RowParams& p) {
+    const int block = gridDim.x - 1 - blockIdx.x;
     const int head = block % p.heads_q;
     const int rest = block / p.heads_q;
     const int batch = rest / p.head_tiles;
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
   ptx::launch_dependent_grids();
   ptx::wait_for_prerequisite_grids();  // the kernels of the call before may still read what is written here
   if (p.next_tile && blockIdx.x == 0 && threadIdx.x == 0) *p.next_tile = 0;
-  const RowTile tile = RowTile::of<kTileM>(p, blockIdx.x);
+  const RowTile tile = RowTile::of<kTileM>(p);
   const int rows = tile.in_sequence ? tile.rows : 0;
 
   constexpr int kLanes = kHeadDimV <= 64 ? 8 : kHeadDimV <= 128 ? 16 : 32;  // of a row, 8 columns each
@@ -152,7 +155,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
   __shared__ __align__(16) Element rows[kTileM][kHeadDim + 8];
   ptx::launch_dependent_grids();
   ptx::wait_for_prerequisite_grids();
-  const RowTile tile = RowTile::of<kTileM>(p, blockIdx.x);
+  const RowTile tile = RowTile::of<kTileM>(p);
   if (tile.rows <= 0) return;
   constexpr int kPieces = kHeadDim / 8;
   const auto row_of = [&](int row) {

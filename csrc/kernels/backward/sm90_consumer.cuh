@@ -59,7 +59,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
       if (p.dq) WholeHeads<C>{p, work(), warpgroup, thread()}.end_tile();
       this->next_tile();
     }
-    if (C::kBulk && thread() % 32 == 0) ptx::bulk_wait_group_read();
+    if (C::kBulk && ptx::elect_one()) ptx::bulk_wait_group_read();
   }
 
   // --- one tile of keys ---------------------------------------------------------------------------------------------
@@ -140,7 +140,11 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     release(shared.dout_empty[stage()]);
     if (late) {
       release(shared.ds_empty[(steps - 1) % C::kDsBuffers]);
-      take_out(dQ, steps - 1);
+      if constexpr (C::kBulk) {
+        stage(dQ);
+      } else {
+        add(dQ, steps - 1);
+      }
     }
     ptx::wgmma_wait<0>();
     dK.pin();
@@ -208,17 +212,19 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   // What this warp left in shared memory in the step before goes to those who wait for it: dS to the warpgroups, dQ to
   // its sums. Only now, because the fence waits until the last store has arrived: by now it has.
   __device__ __forceinline__ void hand_over(int done) {
+    const StepWork before = shared.step[(steps - 2) % C::kStepSlots];  // loaded under the fence
     ptx::fence_proxy_async();
     __syncwarp();
     release(shared.ds_full[(steps - 1) % C::kDsBuffers]);
-    if (C::kBulk && done > 1) add_staged(steps - 2);
+    if (C::kBulk && done > 1) add_staged(before, steps - 2);
   }
 
   __device__ __forceinline__ void wait_dS(uint32_t of_step) {
     ptx::mbarrier_wait(&shared.ds_full[of_step % C::kDsBuffers], of_step / C::kDsBuffers % 2);
   }
 
-  // Of a tile of keys.
+  // Of a tile of keys: straight to its sums. The way through shared memory would take longer, for nothing is left to do
+  // meanwhile.
   __device__ __forceinline__ void last_dq() {
     const uint32_t last = steps - 1;
     wait_dS(last);
@@ -226,64 +232,56 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
     ptx::wgmma_fence();
     dQ.pin();
     issue_share(dQ, last);
+    if (C::kBulk && p.turns) this->end_pending_turn();
     ptx::wgmma_wait<0>();
     dQ.pin();
     release(shared.ds_empty[last % C::kDsBuffers]);
-    take_out(dQ, last);
-    if constexpr (C::kBulk) {
-      ptx::fence_proxy_async();
-      __syncwarp();
-      add_staged(last);
-      if (p.turns) this->end_pending_turn();
-    }
+    add(dQ, last);
   }
 
-  // Out of the registers: to shared memory on its way to the sums, or to the sums.
-  __device__ __forceinline__ void take_out(const ShareOfDq& dQ, uint32_t of_step) {
-    if constexpr (C::kBulk) {
-      if (p.turns) {
-        this->end_pending_turn();
-      } else {
-        free_staging();
-      }
-      __syncwarp();
-      float* to = staging() + thread() % 32 * 4;
-#pragma unroll
-      for (int j = 0; j < dQ.unit.kColumns / 8; ++j) {
-        const float* x = &dQ.unit.values[4 * j];
-        *reinterpret_cast<float4*>(to + j * 128) = make_float4(x[0], x[1], x[2], x[3]);
-      }
+  __device__ __forceinline__ void add(const ShareOfDq& dQ, uint32_t of_step) {
+    float* const sums = shared.step[of_step % C::kStepSlots].sums;
+    const bool fresh = shared.step[of_step % C::kStepSlots].fresh;
+    this->wait_turn(of_step);
+    this->add_from_registers(dQ.unit, this->part_of_sum(sums, warpgroup), fresh);
+    if constexpr (C::kSplitUnit) {
+      this->add_from_registers(dQ.half, this->part_of_sum(sums, 2), fresh, first_of_half());
+    }
+    this->end_turn(of_step);
+  }
+
+  // To shared memory, on its way to its sums: add_staged().
+  __device__ __forceinline__ void stage(const ShareOfDq& dQ) {
+    if (p.turns) {
+      this->end_pending_turn();
     } else {
-      float* const sums = shared.step[of_step % C::kStepSlots].sums;
-      const bool fresh = shared.step[of_step % C::kStepSlots].fresh;
-      this->wait_turn(of_step);
-      this->add_from_registers(dQ.unit, this->part_of_sum(sums, warpgroup), fresh);
-      if constexpr (C::kSplitUnit) {
-        this->add_from_registers(dQ.half, this->part_of_sum(sums, 2), fresh, first_of_half());
-      }
-      this->end_turn(of_step);
+      free_staging();
+    }
+    __syncwarp();
+    float* to = staging() + thread() % 32 * 4;
+#pragma unroll
+    for (int j = 0; j < dQ.unit.kColumns / 8; ++j) {
+      const float* x = &dQ.unit.values[4 * j];
+      *reinterpret_cast<float4*>(to + j * 128) = make_float4(x[0], x[1], x[2], x[3]);
     }
   }
 
-  // Each warp has its own place, and its first lane knows when the copy engine has read it.
+  // Each warp has its own place, and the lane that it elects, always the same, knows when the copy engine has read it.
   __device__ __forceinline__ float* staging() { return shared.dq.data + warp_of_all() * Base::kWarpFloats; }
   __device__ __forceinline__ void free_staging() {
-    if (thread() % 32 == 0) ptx::bulk_wait_group_read();
+    if (ptx::elect_one()) ptx::bulk_wait_group_read();
     __syncwarp();
   }
-  __device__ __forceinline__ void add_staged(uint32_t of_step) {
-    const StepWork& of = shared.step[of_step % C::kStepSlots];
-    float* to = of.sums;
-    const bool fresh = of.fresh;
+  __device__ __forceinline__ void add_staged(const StepWork& of, uint32_t of_step) {
     this->wait_turn(of_step);
-    if (thread() % 32 == 0) {
+    if (ptx::elect_one()) {
       if (p.turns) {
         ptx::fence_proxy_async_global();
         this->pending() = of_step + 1;
       }
-      to += warp_of_all() * Base::kWarpFloats;
+      float* to = of.sums + warp_of_all() * Base::kWarpFloats;
       // Each with its own commit: without, the compiler goes through both under predicates, instead of a branch.
-      if (fresh) {
+      if (of.fresh) {
         ptx::bulk_store(to, staging(), Base::kWarpFloats * sizeof(float));
         ptx::bulk_commit_group();
       } else {

@@ -98,11 +98,10 @@ struct TileWork {
 constexpr int kTurnSlots = 4;  // steps that are on their way to their additions, at most; see turns.cuh
 
 // A tile of queries, as the producer announces it with its Q.
-struct StepWork {
-  float* sums;  // of its dQ
-  int number;   // of the tile
-  int masked;   // its first query if not every query sees every key, else -1
-  bool fresh;   // nothing has been added up in `sums` yet: what comes is stored
+struct alignas(16) StepWork {
+  float* sums;  // of the tile
+  int fresh;    // nothing has been added up there yet, and it is not zero either
+  int masked;   // the tile's first query if not every query sees every key, else -1
 };
 
 }  // namespace tilewright::backward

@@ -121,7 +121,6 @@ struct Producer {
         const int sum = work.first_sum + head * p.head_tiles + tile;
         StepWork& of = shared.step[steps % C::kStepSlots];
         of.sums = p.dq_sum + int64_t{sum} * (C::kTileM * C::kHeadDim);
-        of.number = number;
         of.masked = work.walk.is_full(step) ? -1 : tile * C::kTileM;
         of.fresh = tile >= work.first_fresh;
         const int head_q = work.head_kv * p.group + head;

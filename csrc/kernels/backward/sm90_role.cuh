@@ -51,7 +51,7 @@ struct ConsumerRole {
   }
 
   __device__ __forceinline__ void first_tile() {
-    if (p.turns && thread() % 32 == 0) pending() = 0;
+    if (p.turns && ptx::elect_one()) pending() = 0;
     wait_tile(0);
   }
   __device__ __forceinline__ void next_tile() {
@@ -151,11 +151,11 @@ struct ConsumerRole {
     __syncwarp();
     release(shared.added[of_step % kTurnSlots]);
   }
-  // 1 + the step whose addition by a bulk copy lane 0 has left pending, or 0.
+  // 1 + the step whose addition by a bulk copy the elected lane has left pending, or 0.
   __device__ __forceinline__ uint32_t& pending() { return shared.pending[warp_of_all()]; }
   __device__ __forceinline__ void end_pending_turn() {
     __syncwarp();
-    if (thread() % 32 != 0 || pending() == 0) return;
+    if (!ptx::elect_one() || pending() == 0) return;
     ptx::bulk_wait_group();
     ptx::mbarrier_arrive(&shared.added[(pending() - 1) % kTurnSlots]);
     pending() = 0;

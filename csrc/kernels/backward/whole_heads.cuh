@@ -2,6 +2,7 @@
 
 #include "attention/query_range.h"
 #include "kernels/backward/sm90_params.h"
+#include "ptx/elect.h"
 #include "ptx/ldmatrix.h"
 #include "ptx/load.h"
 #include "ptx/math.h"
@@ -21,11 +22,11 @@ namespace tilewright::backward {
 // step. So the same warp stores the first part, adds the others and converts the sum.
 //
 //     from registers    The same lane stores, adds and reads the same 16 bytes, in this order in its program.
-//     in bulk           Lane 0 issues everything. The copy engine keeps no order of its own, so between two tiles of
-//                       keys lane 0 waits until what it has issued is done (end_tile); within one, every part is
-//                       another. After the wait the warp meets, and reads. When all lanes have read, and fenced
-//                       that off against the copy engine, the warp meets again: only then does lane 0 store for the
-//                       next head.
+//     in bulk           One lane issues everything but the last step's, which comes from registers. The copy engine
+//     keeps
+//                       no order of its own, so between two tiles of keys lane 0 waits until what it has issued is
+//                       done, all fence what they did off against the copy engine, and the warp meets (end_tile);
+//                       within one, every part is another. So it is before the sums are read and after.
 template <class C>
 struct WholeHeads {
   using Element = typename C::Element;
@@ -38,8 +39,8 @@ struct WholeHeads {
 
   // After a tile of keys, by all consumers.
   __device__ __forceinline__ void end_tile() const {
-    if (C::kBulk && thread % 32 == 0) {
-      ptx::bulk_wait_group();
+    if constexpr (C::kBulk) {
+      if (ptx::elect_one()) ptx::bulk_wait_group();
       ptx::fence_proxy_async_global();
     }
     if (work.first_key + C::kTileN < work.seqlen_k) return;
