@@ -6,11 +6,12 @@
 
 #include "kernels/backward/select.h"
 #include "kernels/backward/sm90_params.h"
+#include "ptx/mbarrier.h"
 #include "tile/shared_tile.h"
 
 namespace tilewright::backward {
 
-// kIndex: a row of kBackwardTiles with head_dim < 256.
+// kIndex: a row of kBackwardTiles.
 template <class Element_, int kIndex>
 struct Config {
   using Element = Element_;
@@ -25,39 +26,50 @@ struct Config {
   static constexpr int kDsBuffers = 2;
   static constexpr int kTileSlots = 2;
   static constexpr int kStepSlots = 8;  // a step is read of until two steps later; the producer is up to two ahead
-  // Of dS, see differentiate(). With softcap dS is rounded once more anyway.
-  static constexpr bool kPackedProduct = std::is_same_v<Element, __nv_bfloat16> && !kSoftcap;
+  // dK and dV of 64 keys fill two warpgroups: then each has one of them, else both of 64 keys (sm90.cuh).
+  static constexpr bool kWide = kTileN == 64;
+  // Of dS, see differentiate(). With softcap dS is rounded once more anyway; the wide kernel rounds before.
+  static constexpr bool kPackedProduct = std::is_same_v<Element, __nv_bfloat16> && (kWide || !kSoftcap);
   static constexpr bool kBulk = kTile.add_dq == AddDq::kBulk;
 
   static constexpr int kWarpgroups = 2;
+  static constexpr int kWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // setmaxnreg: what the producer gives up, the consumers get. The register file gives out 504, not 512.
   static constexpr int kConsumerRegisters = 240;
   static constexpr int kProducerRegisters = 24;
 
+  // dQ of a step comes in units, one a warpgroup; of a third each takes a half.
   static constexpr bool kDqByRows = dq_by_rows(kHeadDim, kTileM);
-  static constexpr int kUnits = kDqByRows ? kTileM / 64 : kHeadDim / 64;  // of dQ
-  static constexpr bool kSplitUnit = kUnits == 3;                         // of the third each warpgroup takes a half
-  static constexpr int kUnitFloats = kTileM * kHeadDim / kUnits;
+  static constexpr int kUnitFloats = 64 * dq_unit_columns(kHeadDim, kTileM);
+  static constexpr int kUnits = kTileM * kHeadDim / kUnitFloats;
+  static constexpr bool kSplitUnit = kUnits == 3;
 
   // Are there registers for S and dP at once, and for dQ while dV is on its way?
   static constexpr bool kTogether = kHeadDim + kHeadDimV <= 256;
 
-  static_assert(kTileN == 64 * kWarpgroups && kTileM % 16 == 0);
+  static_assert(kTileN == (kWide ? 64 : 64 * kWarpgroups) && kTileM % 16 == 0);
   static_assert(kUnits == kWarpgroups || (kSplitUnit && !kBulk));
+  static_assert(!kWide || !kBulk);
 };
 
 template <class C>
 struct SharedStorage {
   using Element = typename C::Element;
+  // Each warp's part of dQ on its way out; in the wide kernel P on its way to the other warpgroup, thread to thread.
+  struct alignas(128) StagedDq {
+    float data[C::kBulk ? C::kWarpgroups * C::kUnitFloats : 4];
+  };
+  struct alignas(128) SharedP {
+    uint4 steps[C::kTileM / 16][128];
+  };
+
   SharedTile<Element, C::kTileN, C::kHeadDim> k[C::kStagesK];
   SharedTile<Element, C::kTileN, C::kHeadDimV> v;
   SharedTile<Element, C::kTileM, C::kHeadDim> q[C::kStages];
   SharedTile<Element, C::kTileM, C::kHeadDimV> dout[C::kStages];
   SharedTile<Element, C::kTileM, C::kTileN> ds[C::kDsBuffers];  // a row a query
-  struct alignas(128) {
-    float data[C::kBulk ? C::kWarpgroups * C::kUnitFloats : 4];
-  } dq;  // each warp's part of a unit on its way out
+  std::conditional_t<C::kWide, SharedP, StagedDq> on_its_way;
   alignas(16) float lse2[C::kStages][C::kTileM];
   alignas(16) float delta[C::kStages][C::kTileM];
   uint64_t k_full[C::kStagesK], k_empty[C::kStagesK];
@@ -65,11 +77,38 @@ struct SharedStorage {
   uint64_t q_full[C::kStages], q_empty[C::kStages];        // Q and lse2
   uint64_t dout_full[C::kStages], dout_empty[C::kStages];  // dO and delta
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
+  uint64_t p_full;
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
   uint64_t turn_full[kTurnSlots], added[kTurnSlots], counted[kTurnSlots];  // see turns.cuh
   TileWork tile[C::kTileSlots];
   StepWork step[C::kStepSlots];
-  uint32_t pending[8];  // a warp; see end_pending_turn
+  uint32_t pending[C::kWarps];  // see end_pending_turn
+
+  // By one thread. What a ring's consumers release, every warp of theirs does.
+  __device__ __forceinline__ void init_barriers(bool in_turns) {
+    constexpr int kOneOrAll = C::kWide ? C::kWarps / 2 : C::kWarps;
+    init_ring(k_full, k_empty, 1, C::kWarps);
+    ptx::mbarrier_init(&v_full, 1);
+    ptx::mbarrier_init(&v_empty, kOneOrAll);
+    init_ring(q_full, q_empty, 1, C::kWarps);
+    init_ring(dout_full, dout_empty, 1, C::kWarps);
+    init_ring(ds_full, ds_empty, kOneOrAll, C::kWarps);
+    ptx::mbarrier_init(&p_full, kOneOrAll);
+    init_ring(tile_full, tile_empty, 1, in_turns ? C::kWarps + 2 : C::kWarps);
+    init_ring(turn_full, added, 1, C::kWarps);
+    for (uint64_t& barrier : counted) ptx::mbarrier_init(&barrier, 1);
+    ptx::fence_mbarrier_init();
+  }
+
+ private:
+  template <int kSlots>
+  __device__ __forceinline__ static void init_ring(uint64_t (&full)[kSlots], uint64_t (&empty)[kSlots], int writers,
+                                                   int readers) {
+    for (int i = 0; i < kSlots; ++i) {
+      ptx::mbarrier_init(&full[i], writers);
+      ptx::mbarrier_init(&empty[i], readers);
+    }
+  }
 };
 
 }  // namespace tilewright::backward

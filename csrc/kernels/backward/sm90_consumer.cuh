@@ -14,8 +14,8 @@ namespace tilewright::backward {
 
 // A warpgroup: 64 keys of each tile, their dK and dV, and its share of dQ.
 template <class C>
-struct Consumer : ConsumerRole<C, SharedStorage<C>> {
-  using Base = ConsumerRole<C, SharedStorage<C>>;
+struct Consumer : ConsumerRole<C> {
+  using Base = ConsumerRole<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
   using ProductS = ptx::Wgmma<Element, C::kTileM>;
@@ -267,7 +267,7 @@ struct Consumer : ConsumerRole<C, SharedStorage<C>> {
   }
 
   // Each warp has its own place, and the lane that it elects, always the same, knows when the copy engine has read it.
-  __device__ __forceinline__ float* staging() { return shared.dq.data + warp_of_all() * Base::kWarpFloats; }
+  __device__ __forceinline__ float* staging() { return shared.on_its_way.data + warp_of_all() * Base::kWarpFloats; }
   __device__ __forceinline__ void free_staging() {
     if (ptx::elect_one()) ptx::bulk_wait_group_read();
     __syncwarp();

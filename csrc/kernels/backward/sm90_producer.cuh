@@ -7,10 +7,10 @@
 namespace tilewright::backward {
 
 // The one thread that schedules the tiles of keys and loads K, V and, for each, the queries' Q, dO, lse and delta.
-template <class C, class Storage>
+template <class C>
 struct Producer {
   const KernelParams& p;
-  Storage& shared;
+  SharedStorage<C>& shared;
   // Registers are scarce: where the producer stands in the rings follows from this counter and the tile's work, which
   // stays in shared memory.
   uint32_t steps = 0;  // tiles of Q and dO loaded

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "kernels/backward/sm90_params.h"
+#include "kernels/backward/sm90_config.cuh"
 #include "kernels/backward/turns.cuh"
 #include "ptx/elect.h"
 #include "ptx/ldmatrix.h"
@@ -15,13 +15,13 @@
 namespace tilewright::backward {
 
 // What all consumer warpgroups have in common: where they stand, and their way out to global memory.
-template <class C, class Storage>
+template <class C>
 struct ConsumerRole {
   using Element = typename C::Element;
   using Scores = Accumulator<C::kTileM>;
 
   const KernelParams& p;
-  Storage& shared;
+  SharedStorage<C>& shared;
   const int warpgroup;
 
   // Registers are scarce: where a warpgroup stands in the rings follows from the tile's work and the steps done.

@@ -1,8 +1,8 @@
 #pragma once
 
 #include "kernels/backward/fragment_gradient.h"
+#include "kernels/backward/sm90_config.cuh"
 #include "kernels/backward/sm90_role.cuh"
-#include "kernels/backward/sm90_wide_config.cuh"
 #include "ptx/ldmatrix.h"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
@@ -14,8 +14,8 @@ namespace tilewright::backward {
 
 // What the two warpgroups of the wide kernel have in common.
 template <class C>
-struct WideConsumer : ConsumerRole<C, WideStorage<C>> {
-  using Base = ConsumerRole<C, WideStorage<C>>;
+struct WideConsumer : ConsumerRole<C> {
+  using Base = ConsumerRole<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
   using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::release, Base::thread;
@@ -170,7 +170,7 @@ struct ProbabilityConsumer : WideConsumer<C> {
 #pragma unroll
     for (int i = 0; i < P.kSteps; ++i) {
       const auto& x = shared_P.steps[i];
-      shared.probabilities[i][thread()] = make_uint4(x[0], x[1], x[2], x[3]);
+      shared.on_its_way.steps[i][thread()] = make_uint4(x[0], x[1], x[2], x[3]);
     }
     __syncwarp();
     release(shared.p_full);
@@ -253,7 +253,7 @@ struct GradientConsumer : WideConsumer<C> {
     ptx::mbarrier_wait(&shared.p_full, steps % 2);
 #pragma unroll
     for (int i = 0; i < P.kSteps; ++i) {
-      const uint4 x = shared.probabilities[i][thread()];
+      const uint4 x = shared.on_its_way.steps[i][thread()];
       P.steps[i][0] = x.x;
       P.steps[i][1] = x.y;
       P.steps[i][2] = x.z;

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "attention/query_range.h"
-#include "kernels/backward/sm90_params.h"
+#include "kernels/backward/sm90_config.cuh"
 #include "ptx/load.h"
 #include "ptx/mbarrier.h"
 #include "ptx/reduce.h"
@@ -36,10 +36,10 @@ __device__ __forceinline__ int turn_of(const KernelParams& p, const TileWork& wo
                           work.first_key / C::kTileN, C::kTileN);
 }
 
-template <class C, class Storage>
+template <class C>
 struct TurnKeeper {
   const KernelParams& p;
-  Storage& shared;
+  SharedStorage<C>& shared;
   uint32_t step = 0;
 
   __device__ __forceinline__ void announce() {
