@@ -88,7 +88,7 @@ def test_choice_of_whole_heads(head_dim, softcap, seqlen_q, seqlen_k, causal, he
     heads = {"heads_kv": heads_kv, "group": group, "multiprocessors": multiprocessors}
     tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, **heads)
     rows = -(-seqlen_q // tile["tile_m"]) * tile["tile_m"]
-    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= 18 << 20
+    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= 27 << 20
     rounds = -(-heads_kv // multiprocessors)
     one_tile = seqlen_k <= tile["tile_n"]
     even = one_tile or rounds * multiprocessors <= 1.05 * heads_kv or heads_kv >= 4 * multiprocessors
@@ -99,9 +99,8 @@ def test_choice_of_whole_heads(head_dim, softcap, seqlen_q, seqlen_k, causal, he
 
 @pytest.mark.parametrize(
     "head_dim, seqlen, heads, whole",
-    [(64, 512, 1024, True), (64, 1024, 512, True), (64, 2048, 256, False), (128, 512, 512, True),
-     (128, 1024, 256, False), (256, 256, 512, False), (128, 512, 160, False),
-     (128, 300, 16, False), (128, 128, 3, True)],
+    [(64, 512, 1024, True), (64, 1024, 512, False), (128, 256, 1024, True), (128, 512, 512, False),
+     (256, 256, 512, False), (128, 256, 160, False), (128, 300, 16, False), (128, 128, 3, True)],
 )  # fmt: skip
 def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole):
     """Those of docs/backward.md: 16,384 tokens, heads × head_dim = 2,048, on an H200; and few heads."""

@@ -133,16 +133,16 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
 }
 
 // Whole heads come in their order: all are as long. Else: key tiles of one length run best one head after the other:
-// the blocks at work then read the same queries at the same time. Others, and those that follow each other in turns,
-// fill each other's gaps with as many heads as the cache holds.
+// the blocks at work then read the same queries at the same time. Others fill each other's gaps, with as many heads as
+// the cache holds. Those that add in turns wait for the other blocks of their head: the more heads at a time, the
+// fewer.
 void choose_order(KernelParams& kernel, const BackwardParams& p, const Shape& shape, int* next_tile, int blocks) {
   const bool uneven = shape.packed || p.window.right < p.seqlen_k || p.window.left < p.seqlen_k;
   const int64_t bytes_a_head = int64_t{std::max(p.seqlen_q, 1)} * kernel.group * (6 * p.head_dim + 2 * p.head_dim_v);
   const int64_t fitting = std::max<int64_t>(1, kGroupBytes / bytes_a_head);
-  int64_t heads = uneven ? fitting : 1;
-  // In turns the blocks of a head wait for each other: the fewer at a time the better, the less so where a step takes
-  // long.
-  if (kernel.turns) heads = std::max<int64_t>(uneven ? 2 * fitting : fitting, blocks * (uneven ? 32 : 8) / p.head_dim);
+  const int64_t few = int64_t{blocks} * 8 / p.head_dim;  // a step takes longer with more columns
+  int64_t heads = uneven ? std::max(fitting, 2 * few) : 1;
+  if (kernel.turns) heads = uneven ? std::max(2 * fitting, 4 * few) : std::max(fitting, few);
   heads = shape.whole_heads ? 1 : std::min(heads, shape.heads_kv);
   kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(std::max<int64_t>(heads, 1)))};
   // With few tiles a block the static order is as good. Without queries nobody would reset the counter.

@@ -89,7 +89,7 @@ struct BackwardHeads {
 };
 
 // dQ's sums of the heads at work, which should stay in the L2 cache (50 MB).
-constexpr int64_t kWholeHeadsBytes = 18 << 20;
+constexpr int64_t kWholeHeadsBytes = 27 << 20;
 
 // So many multiprocessors take heads at a time.
 constexpr int64_t blocks_of_whole_heads(const BackwardHeads& heads) {

@@ -24,7 +24,7 @@ namespace tilewright::backward {
 //     from registers    The same lane stores, adds and reads the same 16 bytes, in this order in its program.
 //     in bulk           One lane issues everything but the last step's, which comes from registers. The copy engine
 //     keeps
-//                       no order of its own, so between two tiles of keys lane 0 waits until what it has issued is
+//                       no order of its own, so between two tiles of keys that lane waits until what it has issued is
 //                       done, all fence what they did off against the copy engine, and the warp meets (end_tile);
 //                       within one, every part is another. So it is before the sums are read and after.
 template <class C>
