@@ -22,9 +22,8 @@ namespace tilewright::backward {
 // step. So the same warp stores the first part, adds the others and converts the sum.
 //
 //     from registers    The same lane stores, adds and reads the same 16 bytes, in this order in its program.
-//     in bulk           One lane issues everything but the last step's, which comes from registers. The copy engine
-//     keeps
-//                       no order of its own, so between two tiles of keys that lane waits until what it has issued is
+//     in bulk           One lane issues all but the last step's, which comes from registers. The copy engine keeps no
+//                       order of its own. So between two tiles of keys that lane waits until what it has issued is
 //                       done, all fence what they did off against the copy engine, and the warp meets (end_tile);
 //                       within one, every part is another. So it is before the sums are read and after.
 template <class C>
