@@ -111,7 +111,7 @@ WHOLE_HEADS = [
         (128, 128, 130, 300),
         (128, 128, 150, 600),
         (120, 104, 190, 290),
-        (192, 128, 100, 300),
+        (192, 128, 96, 300),
     ],
 )
 def test_whole_heads(device, dtype, head_dim, head_dim_v, seqlen_q, seqlen_k, heads_q, options):
@@ -201,7 +201,7 @@ def test_masked_scores_of_any_size(device, dtype):
     """exp(score - lse) of a key that no row sees overflows here, in a block that is visited, and must not count."""
     q, k, v = cases.make(device, dtype, seqlen_q=60, seqlen_k=150)
     k[:, 66:86] *= 1000.0  # the first query stands at position 90
-    for options in ({"window": (3, 0)}, {"window": (3, 5), "softcap": 500.0}, {"window": (3, 0), "sink_tokens": 66}):
+    for options in ({"window": (3, 0)}, {"window": (3, 5), "softcap": 120.0}, {"window": (3, 0), "sink_tokens": 66}):
         cases.check_forward(q, k, v, **options)
         cases.check_gradients(q, k, v, **options)
 
