@@ -60,7 +60,7 @@ def test_every_head_dim(device, dtype, head_dim):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seqlen_q", [1, 63, 64, 65, 127, 128, 129, 193, 500])
-@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)])
 def test_seqlens(device, dtype, seqlen_q, head_dim, head_dim_v):
     """On either side of the edges of tiles of 64 to 192 queries or keys."""
     for seqlen_k in (1, 63, 64, 65, 127, 128, 129, 192, 193, 385):
@@ -108,6 +108,8 @@ WHOLE_HEADS = [
         (64, 64, 190, 270),
         (64, 64, 180, 600),
         (64, 64, 190, 200),
+        (96, 96, 190, 270),
+        (72, 96, 180, 600),
         (128, 128, 130, 300),
         (128, 128, 150, 600),
         (120, 104, 190, 290),

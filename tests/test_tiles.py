@@ -30,17 +30,18 @@ lengths = st.one_of(st.integers(0, 300), st.integers(0, 1 << 20))
     window_right=st.none() | lengths,
     multiprocessors=st.integers(1, 200),
 )
-def test_choice(head_dim, head_dim_v, **problem):
+def test_choice(head_dim, head_dim_v, softcap, **problem):
     """Every problem up to head_dim 256 gets a tile that holds it, of the smallest head dimensions that do."""
-    tile = _tilewright.forward_tile(head_dim, head_dim_v, **problem)
+    tile = _tilewright.forward_tile(head_dim, head_dim_v, softcap, **problem)
     assert tile["head_dim"] >= head_dim and tile["head_dim_v"] >= head_dim_v
     assert tile["tile_m"] > 0 and tile["tile_n"] > 0 and tile["stages_k"] > 0 and tile["stages_v"] > 0
-    holding = [(d, d_v) for d, d_v in tiles.head_dims() if d >= head_dim and d_v >= head_dim_v]
+    holding = [(d, d_v) for d, d_v in tiles.head_dims(softcap) if d >= head_dim and d_v >= head_dim_v]
     assert (tile["head_dim"], tile["head_dim_v"]) == min(holding, key=sum)
 
 
 def test_small_head_dims_get_small_tiles():
     assert tiles.head_dims()[0] < tiles.head_dims()[-1]
+    assert set(tiles.head_dims(softcap=True)) < set(tiles.head_dims())
 
 
 @pytest.mark.parametrize("head_dim, head_dim_v", [(264, 64), (64, 264), (1 << 30, 1 << 30)])
@@ -99,8 +100,9 @@ def test_choice_of_whole_heads(head_dim, softcap, seqlen_q, seqlen_k, causal, he
 
 @pytest.mark.parametrize(
     "head_dim, seqlen, heads, whole",
-    [(64, 512, 1024, True), (64, 1024, 512, False), (128, 256, 1024, True), (128, 512, 512, False),
-     (256, 256, 512, False), (128, 256, 160, False), (128, 300, 16, False), (128, 128, 3, True)],
+    [(64, 512, 1024, True), (64, 1024, 512, False), (96, 512, 672, True), (96, 1024, 336, False),
+     (128, 256, 1024, True), (128, 512, 512, False), (256, 256, 512, False),
+     (128, 256, 160, False), (128, 300, 16, False), (128, 128, 3, True)],
 )  # fmt: skip
 def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole):
     """Those of docs/backward.md: 16,384 tokens, heads × head_dim = 2,048, on an H200; and few heads."""

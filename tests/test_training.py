@@ -280,14 +280,14 @@ def test_captured_step(device):
 
 def workspace(heads, rows, sequences, head_dim):
     """Bytes that docs/backward.md allows the backward beside its gradients, for `rows` queries and as many keys."""
-    head_dim = min(size for size in (64, 128, 192, 256) if size >= head_dim)
+    head_dim = min(size for size in (64, 96, 128, 192, 256) if size >= head_dim)
     padded = rows + 128 * sequences  # to whole tiles, each sequence
     return heads * padded * (4 * head_dim + 9) + padded + (1 << 20)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (128, 128), (192, 128), (256, 256), (72, 40)])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (72, 40)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_peak_memory(device, head_dim, head_dim_v, packed, deterministic):
     """The gradients and the documented workspace, and nothing of size seqlen² or a copy a head of dk and dv."""

@@ -96,10 +96,10 @@ def multiprocessors(device="cpu"):
     return torch.cuda.get_device_properties(device).multi_processor_count if device == "cuda" else 132
 
 
-def head_dims():
-    """The head dimensions that kernels are compiled for."""
+def head_dims(softcap=False):
+    """The head dimensions that kernels are compiled for; without softcap all, with it most of them."""
     steps = range(8, 257, 8)
-    tiles = [_tilewright.forward_tile(head_dim, head_dim_v) for head_dim in steps for head_dim_v in steps]
+    tiles = [_tilewright.forward_tile(head_dim, head_dim_v, softcap) for head_dim in steps for head_dim_v in steps]
     return sorted({(tile["head_dim"], tile["head_dim_v"]) for tile in tiles})
 
 

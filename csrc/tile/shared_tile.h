@@ -8,16 +8,16 @@ namespace tilewright {
 
 // A tile of 16-bit elements in shared memory as the copy engine writes it and the tensor cores read it: chunks of 64
 // columns, each chunk `kRows` rows of 128 bytes, the 16-byte pieces of a row permuted by the 128-byte swizzle (piece ^
-// row % 8).
+// row % 8). The last chunk is whole even where the tile ends in its middle.
 template <class Element, int kRows, int kCols>
 struct alignas(1024) SharedTile {
-  static_assert(sizeof(Element) == 2 && kRows % 8 == 0 && kCols % 64 == 0);
+  static_assert(sizeof(Element) == 2 && kRows % 8 == 0 && kCols % 16 == 0);
   static constexpr int kChunkColumns = 64;
-  static constexpr int kChunks = kCols / kChunkColumns;
+  static constexpr int kChunks = (kCols + kChunkColumns - 1) / kChunkColumns;
   static constexpr int kChunkBytes = kRows * 128;
   static constexpr uint32_t kBytes = kChunks * kChunkBytes;
 
-  Element data[kRows * kCols];
+  Element data[kRows * kChunks * kChunkColumns];
 
   __device__ __forceinline__ Element* chunk(int index) { return data + index * kRows * kChunkColumns; }
   __device__ __forceinline__ uint32_t address() const { return ptx::shared_address(data); }

@@ -47,14 +47,15 @@ __device__ __forceinline__ void store_rows(const Accumulator<kCols>& from, float
   }
 }
 
-// The same by way of shared memory, 16 × kCols elements for each warp, aligned to 128 bytes: every row goes out whole.
-// `to` is the warp's first row. Whatever reads or writes `staging` before or after is of the same warp and synchronised
-// with it.
+// The same by way of shared memory, 16 × kCols elements (kCols in whole 64) for each warp, aligned to 128 bytes: every
+// row goes out whole. `to` is the warp's first row. Whatever reads or writes `staging` before or after is of the same
+// warp and synchronised with it.
 template <class Element, int kCols>
 __device__ __forceinline__ void store_rows_staged(const Accumulator<kCols>& from, float factor, Element* staging,
                                                   Element* to, int64_t row_stride, int rows, int columns, int lane) {
   constexpr int kPieces = kCols / 8;  // 16 bytes each; those of a row are exchanged by its number: no bank conflicts
-  const auto at = [&](int row, int piece) { return staging + row * kCols + (piece ^ row % 8) * 8; };
+  constexpr int kPitch = (kCols + 63) / 64 * 64;  // the exchange is among eight
+  const auto at = [&](int row, int piece) { return staging + row * kPitch + (piece ^ row % 8) * 8; };
 #pragma unroll
   for (int i = 0; i < kCols / 16; ++i) {
     uint32_t pairs[4];

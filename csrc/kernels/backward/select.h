@@ -27,7 +27,8 @@ struct BackwardTile {
 
 // One row for each instance in CMakeLists.txt.
 constexpr BackwardTile kBackwardTiles[] = {
-    {64, 64, false, 128, 128, 2, 2, AddDq::kBulk},       {128, 128, false, 80, 128, 2, 1, AddDq::kBulk},
+    {64, 64, false, 128, 128, 2, 2, AddDq::kBulk},       {96, 96, false, 80, 128, 2, 1, AddDq::kBulk},
+    {96, 96, false, 64, 128, 2, 2, AddDq::kBulk},        {128, 128, false, 80, 128, 2, 1, AddDq::kBulk},
     {128, 128, false, 64, 128, 2, 2, AddDq::kBulk},      {128, 128, true, 64, 128, 2, 2, AddDq::kBulk},
     {192, 128, false, 64, 128, 2, 1, AddDq::kRegisters}, {192, 128, true, 48, 128, 2, 1, AddDq::kRegisters},
     {256, 256, false, 64, 64, 2, 1, AddDq::kRegisters},  {256, 256, true, 64, 64, 2, 1, AddDq::kRegisters},

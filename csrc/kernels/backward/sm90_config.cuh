@@ -42,7 +42,10 @@ struct Config {
   // dQ of a step comes in units, one a warpgroup; of a third each takes a half.
   static constexpr bool kDqByRows = dq_by_rows(kHeadDim, kTileM);
   static constexpr int kUnitFloats = 64 * dq_unit_columns(kHeadDim, kTileM);
-  static constexpr int kUnits = kTileM * kHeadDim / kUnitFloats;
+  static constexpr int kUnits = ceil_div(kTileM * kHeadDim, kUnitFloats);
+  // Half of the second unit is no column of dQ, at head_dim 96: zeros, which are not added. The sums have no room for
+  // them.
+  static constexpr bool kPartialUnit = kTileM * kHeadDim < kUnits * kUnitFloats;
   static constexpr bool kSplitUnit = kUnits == 3;
 
   // Are there registers for S and dP at once, and for dQ while dV is on its way?
@@ -51,6 +54,7 @@ struct Config {
   static_assert(kTileN == (kWide ? 64 : 64 * kWarpgroups) && kTileM % 16 == 0);
   static_assert(kUnits == kWarpgroups || (kSplitUnit && !kBulk));
   static_assert(!kWide || !kBulk);
+  static_assert(!kPartialUnit || (!kDqByRows && kHeadDim % 16 == 0 && !kSplitUnit));
 };
 
 template <class C>

@@ -56,7 +56,7 @@ struct Consumer : ConsumerRole<C> {
         this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v);
         this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim);
       }
-      if (p.dq) WholeHeads<C>{p, work(), warpgroup, thread()}.end_tile();
+      if (p.dq) WholeHeads<C>{p, work(), warpgroup, thread(), this->has_part()}.end_tile();
       this->next_tile();
     }
     if (C::kBulk && ptx::elect_one()) ptx::bulk_wait_group_read();
@@ -243,7 +243,7 @@ struct Consumer : ConsumerRole<C> {
     float* const sums = shared.step[of_step % C::kStepSlots].sums;
     const bool fresh = shared.step[of_step % C::kStepSlots].fresh;
     this->wait_turn(of_step);
-    this->add_from_registers(dQ.unit, this->part_of_sum(sums, warpgroup), fresh);
+    if (this->has_part()) this->add_from_registers(dQ.unit, this->part_of_sum(sums, warpgroup), fresh);
     if constexpr (C::kSplitUnit) {
       this->add_from_registers(dQ.half, this->part_of_sum(sums, 2), fresh, first_of_half());
     }
@@ -279,6 +279,7 @@ struct Consumer : ConsumerRole<C> {
         ptx::fence_proxy_async_global();
         this->pending() = of_step + 1;
       }
+      if (!this->has_part()) return;
       float* to = of.sums + warp_of_all() * Base::kWarpFloats;
       // Each with its own commit: without, the compiler goes through both under predicates, instead of a branch.
       if (of.fresh) {

@@ -49,7 +49,8 @@ struct KernelParams {
   const float* lse2;   // (tiles, tile_m): lse log2(e); +inf where a row sees nothing or is no row
   const float* delta;  // (tiles, tile_m)
   float* dq_sum;       // (tiles, units, 4, columns of a unit / 8, 32, 4): in the order of the accumulators, see
-                       // part_of_sum; whole heads: (blocks, tiles of a key head, …), see whole_heads.cuh
+                       // part_of_sum; whole heads: (blocks, tiles of a key head, …), see whole_heads.cuh. At head_dim
+                       // 96 the second unit has two parts instead of 4
   int* turns;          // (tiles,): see turns.cuh; null where the order of dQ's sums is free
   void* dq;            // (batch, seqlen_q, heads_q, head_dim) where blocks take whole heads, else null
   void* dk;

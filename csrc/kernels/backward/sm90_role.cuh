@@ -119,6 +119,8 @@ struct ConsumerRole {
   __device__ __forceinline__ static float* part_of_sum(float* sums, int unit) {
     return sums + (unit * 4 + thread() / 32) * kWarpFloats;
   }
+  // Whether this warp's 16 rows of its warpgroup's unit are columns of dQ.
+  __device__ __forceinline__ static bool has_part() { return !C::kPartialUnit || warp_of_all() * 16 < C::kHeadDim; }
   // The columns 8 kBegin … 8 kEnd of an accumulator that starts at first_column of its unit; stored where nothing has
   // been added up yet.
   template <int kBegin = 0, int kEnd = -1, int kColumns>

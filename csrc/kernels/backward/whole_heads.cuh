@@ -34,7 +34,8 @@ struct WholeHeads {
   const KernelParams& p;
   const TileWork& work;
   const int warpgroup;
-  const int thread;  // of the warpgroup
+  const int thread;     // of the warpgroup
+  const bool has_part;  // ConsumerRole::has_part
 
   // After a tile of keys, by all consumers.
   __device__ __forceinline__ void end_tile() const {
@@ -44,7 +45,7 @@ struct WholeHeads {
     }
     if (work.first_key + C::kTileN < work.seqlen_k) return;
     __syncwarp();
-    convert();
+    if (has_part) convert();
     if constexpr (C::kBulk) ptx::fence_proxy_async_global();
     __syncwarp();
   }

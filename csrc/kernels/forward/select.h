@@ -23,10 +23,10 @@ struct ForwardTile {
 // One row for each instance in CMakeLists.txt. docs/forward.md has the measurements.
 constexpr ForwardTile kForwardTiles[] = {
     {64, 64, false, 192, 96, 4, 3, 1700, 3700}, {64, 64, false, 128, 128, 3, 3, 1780, 2950},
-    {64, 64, true, 128, 128, 3, 3, 0, 0},       {128, 128, false, 128, 128, 3, 2, 0, 0},
-    {128, 128, true, 128, 96, 3, 2, 0, 0},      {192, 128, false, 128, 128, 2, 2, 0, 0},
-    {192, 128, true, 128, 128, 2, 2, 0, 0},     {256, 256, false, 128, 64, 3, 2, 0, 0},
-    {256, 256, true, 128, 64, 3, 2, 0, 0},
+    {64, 64, true, 128, 128, 3, 3, 0, 0},       {96, 96, false, 128, 128, 3, 2, 0, 0},
+    {128, 128, false, 128, 128, 3, 2, 0, 0},    {128, 128, true, 128, 96, 3, 2, 0, 0},
+    {192, 128, false, 128, 128, 2, 2, 0, 0},    {192, 128, true, 128, 128, 2, 2, 0, 0},
+    {256, 256, false, 128, 64, 3, 2, 0, 0},     {256, 256, true, 128, 64, 3, 2, 0, 0},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
