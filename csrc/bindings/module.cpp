@@ -50,16 +50,22 @@ pybind11::dict forward_tile(int head_dim, int head_dim_v, bool softcap, int64_t 
 // What kernels/backward/select.h picks for a problem.
 pybind11::dict backward_tile(int head_dim, int head_dim_v, bool softcap, int seqlen_q, int seqlen_k,
                              std::optional<int> window_left, std::optional<int> window_right, bool packed,
-                             int64_t heads_kv, int group, int multiprocessors) {
+                             bool deterministic, int64_t heads_kv, int group, int multiprocessors) {
   using namespace pybind11::literals;
   if (multiprocessors < 1) throw pybind11::value_error("multiprocessors must be at least 1");
   const tilewright::Window unbounded;
-  const int index =
-      tilewright::select_backward_tile({head_dim, head_dim_v, softcap, seqlen_q, seqlen_k,
-                                        window_left.value_or(unbounded.left), window_right.value_or(unbounded.right)});
+  const tilewright::BackwardProblem problem{head_dim,
+                                            head_dim_v,
+                                            softcap,
+                                            seqlen_q,
+                                            seqlen_k,
+                                            window_left.value_or(unbounded.left),
+                                            window_right.value_or(unbounded.right)};
+  const int index = tilewright::select_backward_tile(problem);
   if (index < 0) throw pybind11::value_error("head_dim and head_dim_v must be at most 256");
   const tilewright::BackwardTile& tile = tilewright::kBackwardTiles[index];
-  const tilewright::BackwardHeads heads{packed, heads_kv, group, seqlen_q, seqlen_k, multiprocessors};
+  const tilewright::BackwardHeads heads{
+      packed, deterministic && !problem.full(), heads_kv, group, seqlen_q, seqlen_k, multiprocessors};
   return pybind11::dict("head_dim"_a = tile.head_dim, "head_dim_v"_a = tile.head_dim_v, "tile_m"_a = tile.tile_m,
                         "tile_n"_a = tile.tile_n, "stages"_a = tile.stages, "stages_k"_a = tile.stages_k,
                         "bulk"_a = tile.add_dq == tilewright::AddDq::kBulk,
@@ -95,8 +101,8 @@ PYBIND11_MODULE(_tilewright, module) {
       "backward_tile", &backward_tile, pybind11::arg("head_dim"), pybind11::arg("head_dim_v"),
       pybind11::arg("softcap") = false, pybind11::arg("seqlen_q") = 4096, pybind11::arg("seqlen_k") = 4096,
       pybind11::arg("window_left") = pybind11::none(), pybind11::arg("window_right") = pybind11::none(),
-      pybind11::arg("packed") = false, pybind11::arg("heads_kv") = 64, pybind11::arg("group") = 1,
-      pybind11::arg("multiprocessors") = 132,
+      pybind11::arg("packed") = false, pybind11::arg("deterministic") = false, pybind11::arg("heads_kv") = 64,
+      pybind11::arg("group") = 1, pybind11::arg("multiprocessors") = 132,
       "The tile that the Hopper backward uses for a problem, and whether a block takes whole heads; heads_kv are "
       "counted over the batch.");
   module.def("backward_walk", &backward_walk, pybind11::arg("seqlen_q"), pybind11::arg("seqlen_k"),

@@ -35,15 +35,43 @@ struct Shape {
   int64_t key_tiles;   // of one head; packed: at most, of all parts
   int64_t heads_kv;    // times batch; packed: heads
   BackwardHeads heads;
-  bool whole_heads;  // a block takes
+  bool whole_heads;    // a block takes
+  int64_t head_group;  // heads at work at the same time
+  int64_t head_groups;
+  int64_t ahead;  // see Zeros
 };
+
+// Whole heads come in their order: all are as long. Else: key tiles of one length run best one head after the other:
+// the blocks at work then read the same queries at the same time. Others fill each other's gaps, with as many heads as
+// all blocks need and the cache holds. Those that add in turns wait for the other blocks of their head: the more heads
+// at a time, the fewer.
+void choose_order(const BackwardParams& p, Shape& shape) {
+  const bool uneven = shape.packed || p.window.right < p.seqlen_k || p.window.left < p.seqlen_k;
+  const int64_t blocks = shape.heads.multiprocessors;
+  const int64_t bytes_a_head =
+      int64_t{std::max(p.seqlen_q, 1)} * shape.heads.group * (6 * p.head_dim + 2 * p.head_dim_v);
+  const int64_t fitting = std::max<int64_t>(1, kGroupBytes / bytes_a_head);
+  const int64_t few = blocks * 8 / p.head_dim;  // a step takes longer with more columns
+  const int64_t needed = (blocks * 3 / 2 + shape.key_tiles) / std::max<int64_t>(shape.key_tiles, 1);
+  int64_t heads = uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
+  if (p.deterministic) heads = uneven ? std::max(2 * fitting, 4 * few) : std::max(fitting, few);
+  shape.head_group = shape.whole_heads ? 1 : std::max<int64_t>(std::min(heads, shape.heads_kv), 1);
+  shape.head_groups = (shape.heads_kv + shape.head_group - 1) / shape.head_group;
+  // Zeros come so early that nobody waits for them. With turns, or where the additions set the pace anyway, they cost
+  // less before the main kernel.
+  const bool before = p.deterministic || (uneven && shape.tile.add_dq == AddDq::kRegisters);
+  const int64_t tiles = std::max<int64_t>(shape.head_group * shape.key_tiles, 1);
+  shape.ahead = before ? shape.head_groups : 1 + (blocks * 3 / 2 + tiles - 1) / tiles;
+}
 
 // Of a packed batch the host knows the mean length.
 cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.packed = p.cu_seqlens_q != nullptr;
   const int sequences = shape.packed ? std::max(p.batch, 1) : 1;
-  shape.index = select_backward_tile({p.head_dim, p.head_dim_v, p.softcap > 0, ceil_div(p.seqlen_q, sequences),
-                                      ceil_div(p.seqlen_k, sequences), p.window.left, p.window.right});
+  const BackwardProblem problem{
+      p.head_dim,    p.head_dim_v,  p.softcap > 0, ceil_div(p.seqlen_q, sequences), ceil_div(p.seqlen_k, sequences),
+      p.window.left, p.window.right};
+  shape.index = select_backward_tile(problem);
   if (shape.index < 0) return cudaErrorInvalidValue;
   shape.tile = kBackwardTiles[shape.index];
   const int batch = shape.packed ? 1 : p.batch;
@@ -56,8 +84,11 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   if (shape.row_tiles > INT32_MAX || shape.key_tiles * shape.heads_kv > INT32_MAX) return cudaErrorInvalidValue;
   int blocks = 0;
   const cudaError_t status = multiprocessors(blocks);
-  shape.heads = {shape.packed, shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k, blocks};
+  shape.heads = {
+      shape.packed, p.deterministic && !problem.full(), shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k,
+      blocks};
   shape.whole_heads = status == cudaSuccess && takes_whole_heads(shape.tile, shape.heads);
+  choose_order(p, shape);
   return status;
 }
 
@@ -66,6 +97,7 @@ struct Workspace {
   float* lse2;
   float* delta;
   int* turns;
+  int* zero_shares;
   int* next_tile;
   int* num_packed;
   int* first_row_q;
@@ -87,6 +119,7 @@ Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape
   take(w.lse2, rows);
   take(w.delta, rows);
   if (p.deterministic && !shape.whole_heads) take(w.turns, shape.row_tiles);
+  take(w.zero_shares, shape.head_groups);
   take(w.next_tile, 1);
   if (shape.packed) {
     take(w.num_packed, 1);
@@ -104,10 +137,13 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   kernel.lse2 = w.lse2;
   kernel.delta = w.delta;
   kernel.dq_sum = w.dq_sum;
-  kernel.turns = shape.row_tiles > 0 ? w.turns : nullptr;
+  kernel.turns = w.turns;
+  kernel.zeros = {w.zero_shares, static_cast<int>(shape.ahead)};
+  kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(shape.head_group))};
+  kernel.next_tile = w.next_tile;
   kernel.dq = shape.whole_heads ? p.dq : nullptr;
-  kernel.dk = p.dk;
-  kernel.dv = p.dv;
+  kernel.dk_rows = p.dk;
+  kernel.dv_rows = p.dv;
   kernel.dq_stride = p.dq_stride;
   kernel.dk_stride = p.dk_stride;
   kernel.dv_stride = p.dv_stride;
@@ -132,26 +168,6 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   return kernel;
 }
 
-// Whole heads come in their order: all are as long. Else: key tiles of one length run best one head after the other:
-// the blocks at work then read the same queries at the same time. Others fill each other's gaps, with as many heads as
-// the cache holds. Those that add in turns wait for the other blocks of their head: the more heads at a time, the
-// fewer.
-void choose_order(KernelParams& kernel, const BackwardParams& p, const Shape& shape, int* next_tile, int blocks) {
-  const bool uneven = shape.packed || p.window.right < p.seqlen_k || p.window.left < p.seqlen_k;
-  const int64_t bytes_a_head = int64_t{std::max(p.seqlen_q, 1)} * kernel.group * (6 * p.head_dim + 2 * p.head_dim_v);
-  const int64_t fitting = std::max<int64_t>(1, kGroupBytes / bytes_a_head);
-  const int64_t few = int64_t{blocks} * 8 / p.head_dim;  // a step takes longer with more columns
-  int64_t heads = uneven ? std::max(fitting, 2 * few) : 1;
-  if (kernel.turns) heads = uneven ? std::max(2 * fitting, 4 * few) : std::max(fitting, few);
-  heads = shape.whole_heads ? 1 : std::min(heads, shape.heads_kv);
-  kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(std::max<int64_t>(heads, 1)))};
-  // With few tiles a block the static order is as good. Without queries nobody would reset the counter.
-  constexpr int64_t kStaticRounds = 2;
-  const bool many = uneven && shape.key_tiles * shape.heads_kv > blocks * kStaticRounds;
-  const bool dynamic = shape.packed || kernel.turns || (many && shape.row_tiles > 0);
-  kernel.next_tile = dynamic && !shape.whole_heads ? next_tile : nullptr;
-}
-
 cudaError_t make_tensor_maps(KernelParams& kernel, const BackwardParams& p, const Shape& shape) {
   const bool half = p.element == Element::kFloat16;
   const auto map = [&](CUtensorMap& to, const void* data, int dim, int heads, int rows, const Strides& strides,
@@ -165,10 +181,13 @@ cudaError_t make_tensor_maps(KernelParams& kernel, const BackwardParams& p, cons
   }
   if (status == cudaSuccess) status = map(kernel.k, p.k, p.head_dim, p.heads_kv, p.seqlen_k, p.k_stride, tile_n);
   if (status == cudaSuccess) status = map(kernel.v, p.v, p.head_dim_v, p.heads_kv, p.seqlen_k, p.v_stride, tile_n);
+  if (shape.tile.add_dq != AddDq::kBulk) return status;
+  if (status == cudaSuccess) status = map(kernel.dk, p.dk, p.head_dim, p.heads_kv, p.seqlen_k, p.dk_stride, 16);
+  if (status == cudaSuccess) status = map(kernel.dv, p.dv, p.head_dim_v, p.heads_kv, p.seqlen_k, p.dv_stride, 16);
   return status;
 }
 
-RowParams row_params(const BackwardParams& p, const KernelParams& kernel, const Workspace& w) {
+RowParams row_params(const BackwardParams& p, const Shape& shape, const KernelParams& kernel, const Workspace& w) {
   RowParams rows{};
   rows.out = p.out;
   rows.dout = p.dout;
@@ -183,6 +202,12 @@ RowParams row_params(const BackwardParams& p, const KernelParams& kernel, const 
   rows.lse2 = w.lse2;
   rows.delta = w.delta;
   rows.dq_sum = w.dq_sum;
+  if (!shape.whole_heads) {
+    const int64_t heads = std::min(shape.ahead * shape.head_group, shape.heads_kv);
+    rows.zero_tiles = static_cast<int>(heads * shape.heads.group * shape.head_tiles);
+  }
+  rows.zero_shares = w.zero_shares;
+  rows.head_groups = static_cast<int>(shape.head_groups);
   rows.turns = kernel.turns;
   if (p.cu_seqlens_q) rows.parts = {w.first_row_q, p.batch, p.seqlen_q};
   rows.next_tile = kernel.next_tile;
@@ -235,8 +260,7 @@ cudaError_t backward_sm90(const BackwardParams& params, void* workspace, cudaStr
   Launch launch{};
   launch.main = kernel_params(params, shape, w);
   const int blocks = shape.heads.multiprocessors;
-  choose_order(launch.main, params, shape, w.next_tile, blocks);
-  launch.rows = row_params(params, launch.main, w);
+  launch.rows = row_params(params, shape, launch.main, w);
   launch.row_tiles = shape.row_tiles;
   const int64_t portions = shape.whole_heads ? shape.heads_kv : shape.key_tiles * shape.heads_kv;
   launch.blocks = params.seqlen_k > 0 ? std::min<int64_t>(blocks, portions) : 0;
@@ -244,8 +268,7 @@ cudaError_t backward_sm90(const BackwardParams& params, void* workspace, cudaStr
   if (status == cudaSuccess && shape.packed) {
     backward::prepare_packed<<<1, kPrepareThreads, 0, stream>>>(
         {params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q, params.seqlen_k, shape.tile.tile_m,
-         shape.tile.tile_n, params.window, w.next_tile, w.num_packed, w.first_row_q, w.first_row_k, w.first_tile,
-         w.tiles});
+         shape.tile.tile_n, params.window, w.num_packed, w.first_row_q, w.first_row_k, w.first_tile, w.tiles});
     status = cudaGetLastError();
   }
   if (status != cudaSuccess) return status;

@@ -7,7 +7,8 @@
 
 namespace tilewright::backward {
 
-// What one call launches: a block a tile of rows before the main kernel, and after it unless it writes dQ itself.
+// What one call launches: the main kernel; before it one with a block for each tile of rows, and another such after it
+// unless the main kernel writes dQ itself.
 struct Launch {
   KernelParams main;
   RowParams rows;

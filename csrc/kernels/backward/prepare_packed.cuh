@@ -14,7 +14,6 @@ struct PrepareParams {
   int tile_m;
   int tile_n;
   Window window;
-  int* next_tile;
   int* num_packed;
   int* first_row_q;      // (sequences + 1,): see PackedParts
   int* first_row_k;      // (sequences + 1,)
@@ -47,10 +46,7 @@ inline __global__ void __launch_bounds__(kPrepareThreads) prepare_packed(const P
   find_parts(p.cu_seqlens_q, p.sequences, p.total_q, p.first_row_q, shared);
   find_parts(p.cu_seqlens_k, p.sequences, p.total_k, p.first_row_k, shared);
   const int tiles = count_tiles({p.first_row_k, p.sequences, p.total_k}, p.tile_n, p.first_tile, shared);
-  if (threadIdx.x == 0) {
-    *p.num_packed = tiles;
-    *p.next_tile = 0;
-  }
+  if (threadIdx.x == 0) *p.num_packed = tiles;
   const auto tile_at = [&](int index, int& length) { return packed_key_tile(p, index, length); };
   sort_tiles<true>(p.tiles, tiles, p.total_q / p.tile_m + 1, tile_at, shared);
 }

@@ -23,6 +23,9 @@ struct RowParams {
   float* lse2;         // (tiles, tile_m)
   float* delta;        // (tiles, tile_m)
   float* dq_sum;       // see KernelParams
+  int zero_tiles;      // of it, that this kernel fills with zeros
+  int* zero_shares;    // see Zeros
+  int head_groups;     // their number
   int* turns;          // see KernelParams
   PackedParts parts;   // of a packed q, else null
   int* next_tile;      // the main kernel's counter, or null
@@ -87,23 +90,18 @@ __device__ __forceinline__ float dot(uint4 a, uint4 b) {
   return sum;
 }
 
-template <int kTileM>
-__device__ __forceinline__ void write_row(const RowParams& p, const RowTile& tile, int row, float sum) {
-  float lse2 = INFINITY, delta = 0.f;  // rows that see nothing, and those behind the end: P = 0
-  if (tile.in_sequence && row < tile.rows) {
+// What the forward and the gradient say of a row; -inf where it sees nothing or is none.
+struct RowStats {
+  float lse = -INFINITY;
+  float dlse = 0.f;
+
+  __device__ __forceinline__ static RowStats of(const RowParams& p, const RowTile& tile, int row) {
+    if (!tile.in_sequence || row >= tile.rows) return {};
     const int64_t line = int64_t{tile.batch} * p.heads_q + tile.head;
-    const int64_t from = line * p.seqlen_q + tile.first_row + row;
-    constexpr float kLog2e = 1.44269504088896f;
-    const float lse = p.lse[from];
-    if (lse != -INFINITY) {
-      lse2 = lse * kLog2e;
-      delta = p.dlse ? sum - p.dlse[from] : sum;
-    }
+    const int64_t at = line * p.seqlen_q + tile.first_row + row;
+    return {p.lse[at], p.dlse ? p.dlse[at] : 0.f};
   }
-  const int64_t to = int64_t{tile.number} * kTileM + row;
-  p.lse2[to] = lse2;
-  p.delta[to] = delta;
-}
+};
 
 // delta = rowsum(dO ∘ O) - dlse, lse in powers of two, dQ's sums and their turns ← 0 where dQ is made of them later. A
 // block a tile.
@@ -111,8 +109,12 @@ template <class Element, int kHeadDim, int kHeadDimV, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constant__ RowParams p) {
   ptx::launch_dependent_grids();
   ptx::wait_for_prerequisite_grids();  // the kernels of the call before may still read what is written here
-  if (p.next_tile && blockIdx.x == 0 && threadIdx.x == 0) *p.next_tile = 0;
   const RowTile tile = RowTile::of<kTileM>(p);
+  if (threadIdx.x == 0) {
+    if (tile.number == 0) *p.next_tile = 0;
+    if (tile.number < p.head_groups) p.zero_shares[tile.number] = 0;
+    if (p.turns) p.turns[tile.number] = 0;
+  }
   const int rows = tile.in_sequence ? tile.rows : 0;
 
   constexpr int kLanes = kHeadDimV <= 64 ? 8 : kHeadDimV <= 128 ? 16 : 32;  // of a row, 8 columns each
@@ -126,17 +128,18 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
   };
   constexpr int kPasses = ceil_div(kTileM, kRows);
   uint4 out[kPasses], dout[kPasses];
+  RowStats stats[kPasses];
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
     const int row = first + i * kRows;
+    if (column == 0) stats[i] = RowStats::of(p, tile, row);
     const bool there = row < rows && column < p.head_dim_v;
     out[i] = there ? __ldcs(row_of(p.out, p.out_stride, row)) : make_uint4(0, 0, 0, 0);
     dout[i] = there ? *row_of(p.dout, p.dout_stride, row) : make_uint4(0, 0, 0, 0);
   }
-  if (p.turns && threadIdx.x == 0) p.turns[tile.number] = 0;
   float4* sums = reinterpret_cast<float4*>(p.dq_sum + int64_t{tile.number} * kTileM * kHeadDim);
 #pragma unroll 4
-  for (int i = threadIdx.x; p.dq && rows > 0 && i < kTileM * kHeadDim / 4; i += kRowThreads)
+  for (int i = threadIdx.x; tile.number < p.zero_tiles && i < kTileM * kHeadDim / 4; i += kRowThreads)
     sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
@@ -144,7 +147,12 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
 #pragma unroll
     for (int x = kLanes / 2; x > 0; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
     const int row = first + i * kRows;
-    if (column == 0 && row < kTileM) write_row<kTileM>(p, tile, row, sum);
+    if (column != 0 || row >= kTileM) continue;
+    const bool sees = stats[i].lse != -INFINITY;  // else P = 0
+    constexpr float kLog2e = 1.44269504088896f;
+    const int64_t to = int64_t{tile.number} * kTileM + row;
+    p.lse2[to] = sees ? stats[i].lse * kLog2e : INFINITY;
+    p.delta[to] = sees ? sum - stats[i].dlse : 0.f;
   }
 }
 
@@ -172,7 +180,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
   const float4* sums = reinterpret_cast<const float4*>(p.dq_sum + int64_t{tile.number} * kTileM * kHeadDim);
 #pragma unroll 4
   for (int i = threadIdx.x; i < kTileM * kHeadDim / 4; i += kRowThreads) {
-    const float4 x = __ldcs(&sums[i]);
+    const float4 x = sums[i];
     constexpr bool kByRows = dq_by_rows(kHeadDim, kTileM);
     constexpr int kColumns = dq_unit_columns(kHeadDim, kTileM);
     constexpr int kWarpsDown = (kByRows ? kTileM : kHeadDim) / 16;
@@ -190,7 +198,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
   for (int i = threadIdx.x; i < kTileM * kPieces; i += kRowThreads) {
     const int row = i / kPieces, column = i % kPieces * 8;
     if (row >= tile.rows || column >= p.head_dim) continue;
-    *reinterpret_cast<uint4*>(row_of(row) + column) = *reinterpret_cast<const uint4*>(&rows[row][column]);
+    __stcs(reinterpret_cast<uint4*>(row_of(row) + column), *reinterpret_cast<const uint4*>(&rows[row][column]));
   }
 }
 

@@ -56,13 +56,15 @@ struct BackwardProblem {
   int seqlen_k;
   int left;   // of the window; a bound at seqlen_k or beyond is none
   int right;  // 0 is causal
+
+  // Every query sees every key.
+  constexpr bool full() const { return left >= seqlen_k && right >= seqlen_k; }
 };
 
 // The queries a step takes where there is a choice: 64, with the finest edges and the least padding, or 80, with fewer
 // reads of shared memory for a product.
 constexpr int select_backward_tile_m(const BackwardProblem& problem) {
-  const bool full = problem.left >= problem.seqlen_k && problem.right >= problem.seqlen_k;
-  return max_of(problem.seqlen_q, problem.seqlen_k) <= (full ? 512 : 1024) ? 64 : 80;
+  return max_of(problem.seqlen_q, problem.seqlen_k) <= (problem.full() ? 512 : 1024) ? 64 : 80;
 }
 
 // The index in kBackwardTiles of the tile for a problem, -1 if none holds it: of the smallest head dimensions that do.
@@ -82,6 +84,8 @@ constexpr int select_backward_tile(const BackwardProblem& problem) {
 // the head in the L2 cache, and writes dQ itself (whole_heads.cuh).
 struct BackwardHeads {
   bool packed;
+  bool waits;        // blocks that share a head would wait for each other: a fixed order, and not every query sees
+                     // every key
   int64_t heads_kv;  // times batch
   int group;         // query heads a key head
   int seqlen_q;
@@ -89,8 +93,10 @@ struct BackwardHeads {
   int multiprocessors;
 };
 
-// dQ's sums of the heads at work, which should stay in the L2 cache (50 MB).
+// dQ's sums of the heads at work, which should stay in the L2 cache (50 MB). Beyond the smaller limit they no longer do
+// all the time, which costs less than to wait.
 constexpr int64_t kWholeHeadsBytes = 27 << 20;
+constexpr int64_t kWholeHeadsBytesWaiting = 36 << 20;
 
 // So many multiprocessors take heads at a time.
 constexpr int64_t blocks_of_whole_heads(const BackwardHeads& heads) {
@@ -106,11 +112,10 @@ constexpr int64_t sums_of_whole_heads(const BackwardTile& tile, const BackwardHe
 // The sums must fit, and the last round of heads must leave few multiprocessors idle: at most 5% of all rounds, or as
 // little as there can be with four rounds. A head of one tile is no more work than its tile. The wide kernel does not
 // know this mode.
-constexpr bool takes_whole_heads(const BackwardTile& tile, const BackwardHeads& heads,
-                                 int64_t bytes = kWholeHeadsBytes) {
+constexpr bool takes_whole_heads(const BackwardTile& tile, const BackwardHeads& heads) {
   if (heads.packed || heads.heads_kv < 1 || heads.seqlen_q < 1 || heads.seqlen_k < 1) return false;
   if (tile.head_dim_v > 128) return false;
-  if (sums_of_whole_heads(tile, heads) > bytes / 4) return false;
+  if (sums_of_whole_heads(tile, heads) > (heads.waits ? kWholeHeadsBytesWaiting : kWholeHeadsBytes) / 4) return false;
   if (heads.seqlen_k <= tile.tile_n || heads.heads_kv >= int64_t{4} * heads.multiprocessors) return true;
   const int64_t rounds = (heads.heads_kv + heads.multiprocessors - 1) / heads.multiprocessors;
   return rounds * heads.multiprocessors * 100 <= heads.heads_kv * 105;

@@ -5,6 +5,7 @@
 #include "kernels/backward/sm90_producer.cuh"
 #include "kernels/backward/sm90_wide_consumer.cuh"
 #include "kernels/backward/turns.cuh"
+#include "kernels/backward/zeros.cuh"
 #include "ptx/grid_dependency.h"
 #include "ptx/registers.h"
 #include "ptx/tma.h"
@@ -41,7 +42,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     ptx::tma_prefetch_map(&p.dout);
     ptx::tma_prefetch_map(&p.k);
     ptx::tma_prefetch_map(&p.v);
-    shared.init_barriers(p.turns);
+    if (C::kBulk) {
+      ptx::tma_prefetch_map(&p.dk);
+      ptx::tma_prefetch_map(&p.dv);
+    }
+    shared.init_barriers(p.turns, !p.dq);
   }
   // Up to here nothing that another kernel may still write has been read: it overlaps the end of the kernel before.
   ptx::launch_dependent_grids();
@@ -57,6 +62,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
       TurnKeeper<C>{p, shared}.announce();
     } else if (p.turns && threadIdx.x == 64) {
       TurnKeeper<C>{p, shared}.count();
+    } else if (!p.dq && threadIdx.x == 96) {
+      ZeroWriter<C>{p, shared}.run();
     }
   } else {
     ptx::registers_increase<C::kConsumerRegisters>();

@@ -60,8 +60,9 @@ struct Config {
 template <class C>
 struct SharedStorage {
   using Element = typename C::Element;
-  // Each warp's part of dQ on its way out; in the wide kernel P on its way to the other warpgroup, thread to thread.
-  struct alignas(128) StagedDq {
+  // Each warp's part of dQ on its way out, or its rows of dK or dV; in the wide kernel P on its way to the other
+  // warpgroup, thread to thread.
+  struct alignas(1024) Staging {
     float data[C::kBulk ? C::kWarpgroups * C::kUnitFloats : 4];
   };
   struct alignas(128) SharedP {
@@ -73,7 +74,7 @@ struct SharedStorage {
   SharedTile<Element, C::kTileM, C::kHeadDim> q[C::kStages];
   SharedTile<Element, C::kTileM, C::kHeadDimV> dout[C::kStages];
   SharedTile<Element, C::kTileM, C::kTileN> ds[C::kDsBuffers];  // a row a query
-  std::conditional_t<C::kWide, SharedP, StagedDq> on_its_way;
+  std::conditional_t<C::kWide, SharedP, Staging> on_its_way;
   alignas(16) float lse2[C::kStages][C::kTileM];
   alignas(16) float delta[C::kStages][C::kTileM];
   uint64_t k_full[C::kStagesK], k_empty[C::kStagesK];
@@ -87,9 +88,10 @@ struct SharedStorage {
   TileWork tile[C::kTileSlots];
   StepWork step[C::kStepSlots];
   uint32_t pending[C::kWarps];  // see end_pending_turn
+  alignas(128) float4 zeros[kZeros];
 
   // By one thread. What a ring's consumers release, every warp of theirs does.
-  __device__ __forceinline__ void init_barriers(bool in_turns) {
+  __device__ __forceinline__ void init_barriers(bool in_turns, bool with_zeros) {
     constexpr int kOneOrAll = C::kWide ? C::kWarps / 2 : C::kWarps;
     init_ring(k_full, k_empty, 1, C::kWarps);
     ptx::mbarrier_init(&v_full, 1);
@@ -98,7 +100,7 @@ struct SharedStorage {
     init_ring(dout_full, dout_empty, 1, C::kWarps);
     init_ring(ds_full, ds_empty, kOneOrAll, C::kWarps);
     ptx::mbarrier_init(&p_full, kOneOrAll);
-    init_ring(tile_full, tile_empty, 1, in_turns ? C::kWarps + 2 : C::kWarps);
+    init_ring(tile_full, tile_empty, 1, C::kWarps + (in_turns ? 2 : 0) + (with_zeros ? 1 : 0));
     init_ring(turn_full, added, 1, C::kWarps);
     for (uint64_t& barrier : counted) ptx::mbarrier_init(&barrier, 1);
     ptx::fence_mbarrier_init();

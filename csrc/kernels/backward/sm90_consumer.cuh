@@ -45,17 +45,14 @@ struct Consumer : ConsumerRole<C> {
   __device__ __forceinline__ void run() {
     this->first_tile();
     while (!work().last) {
-      dK.fill(0.f);
-      dV.fill(0.f);
-      if (work().walk.count > 0) walk_queries();
-      if constexpr (C::kBulk) {
-        free_staging();
-        this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v, staging());
-        this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim, staging());
+      if (work().walk.count > 0) {
+        walk_queries();
       } else {
-        this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v);
-        this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim);
+        dK.fill(0.f);
+        dV.fill(0.f);
+        store_dV();
       }
+      store_dK();
       if (p.dq) WholeHeads<C>{p, work(), warpgroup, thread(), this->has_part()}.end_tile();
       this->next_tile();
     }
@@ -75,7 +72,6 @@ struct Consumer : ConsumerRole<C> {
     release(shared.v_empty);
     hand_over(count);
     last_dq();
-    release(shared.k_empty[stage_k()]);
   }
 
   // Step n, a tile of queries; `done` of them came before, in this tile of keys:
@@ -109,7 +105,7 @@ struct Consumer : ConsumerRole<C> {
       ptx::wgmma_fence();
       if constexpr (!C::kTogether) issue_dP(dP);
       dV.pin();
-      issue_dV();
+      issue_dV(done > 0);
       ptx::wgmma_wait<1>();
       dP.pin();
       differentiate<C::kPackedProduct>(dP, P, dS, shared.delta[stage()], dP.column(thread()));
@@ -119,7 +115,7 @@ struct Consumer : ConsumerRole<C> {
     ptx::mbarrier_wait(&shared.ds_empty[buffer], (steps / C::kDsBuffers + 1) % 2);
     this->write_dS(dS, buffer);
     if constexpr (!C::kTogether) {
-      issue_dK();
+      issue_dK(done > 0);
       ptx::wgmma_wait<0>();
       dV.pin();
       dK.pin();
@@ -133,7 +129,7 @@ struct Consumer : ConsumerRole<C> {
     ptx::wgmma_fence();
     dQ.pin();
     issue_share(dQ, steps - 1);
-    if constexpr (C::kTogether) issue_dK();
+    if constexpr (C::kTogether) issue_dK(done > 0);
     ptx::wgmma_wait<C::kTogether ? 1 : 0>();
     dV.pin();
     dQ.pin();
@@ -178,24 +174,24 @@ struct Consumer : ConsumerRole<C> {
     ptx::wgmma_commit();
   }
 
-  // dV += P dO
-  __device__ __forceinline__ void issue_dV() {
+  // dV (+)= P dO
+  __device__ __forceinline__ void issue_dV(bool accumulate) {
     const uint32_t dout = shared.dout[stage()].address();
 #pragma unroll
     for (int i = 0; i < C::kTileM / 16; ++i) {
-      ProductDv::template rs<kMN>(dV.values, P.steps[i], shared.dout[0].mn_major(dout, i), true);
+      ProductDv::template rs<kMN>(dV.values, P.steps[i], shared.dout[0].mn_major(dout, i), i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
 
-  // dK += dS Q
-  __device__ __forceinline__ void issue_dK() {
+  // dK (+)= dS Q
+  __device__ __forceinline__ void issue_dK(bool accumulate) {
     ptx::wgmma_fence();
     dK.pin();
     const uint32_t q = shared.q[stage()].address();
 #pragma unroll
     for (int i = 0; i < C::kTileM / 16; ++i) {
-      ProductDk::template rs<kMN>(dK.values, dS.steps[i], shared.q[0].mn_major(q, i), true);
+      ProductDk::template rs<kMN>(dK.values, dS.steps[i], shared.q[0].mn_major(q, i), i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
@@ -223,8 +219,8 @@ struct Consumer : ConsumerRole<C> {
     ptx::mbarrier_wait(&shared.ds_full[of_step % C::kDsBuffers], of_step / C::kDsBuffers % 2);
   }
 
-  // Of a tile of keys: straight to its sums. The way through shared memory would take longer, for nothing is left to do
-  // meanwhile.
+  // Of a tile of keys: straight to its sums, for the way through shared memory would take longer. dV goes out under the
+  // product.
   __device__ __forceinline__ void last_dq() {
     const uint32_t last = steps - 1;
     wait_dS(last);
@@ -233,10 +229,34 @@ struct Consumer : ConsumerRole<C> {
     dQ.pin();
     issue_share(dQ, last);
     if (C::kBulk && p.turns) this->end_pending_turn();
-    ptx::wgmma_wait<0>();
-    dQ.pin();
-    release(shared.ds_empty[last % C::kDsBuffers]);
+    const auto end_product = [&] {
+      ptx::wgmma_wait<0>();
+      dQ.pin();
+      release(shared.ds_empty[last % C::kDsBuffers]);
+      release(shared.k_empty[stage_k()]);
+    };
+    // Where K has one buffer the next tile's comes the sooner, else dV goes out under the product.
+    if constexpr (C::kStagesK == 1) end_product();
+    store_dV();
+    if constexpr (C::kStagesK > 1) end_product();
     add(dQ, last);
+  }
+
+  __device__ __forceinline__ void store_dV() {
+    if constexpr (C::kBulk) {
+      free_staging();
+      this->store(dV, 1.f, &p.dv, staging());
+    } else {
+      this->store(dV, 1.f, p.dv_rows, p.dv_stride, p.head_dim_v);
+    }
+  }
+  __device__ __forceinline__ void store_dK() {
+    if constexpr (C::kBulk) {
+      free_staging();
+      this->store(dK, p.scale, &p.dk, staging());
+    } else {
+      this->store(dK, p.scale, p.dk_rows, p.dk_stride, p.head_dim);
+    }
   }
 
   __device__ __forceinline__ void add(const ShareOfDq& dQ, uint32_t of_step) {
@@ -252,12 +272,8 @@ struct Consumer : ConsumerRole<C> {
 
   // To shared memory, on its way to its sums: add_staged().
   __device__ __forceinline__ void stage(const ShareOfDq& dQ) {
-    if (p.turns) {
-      this->end_pending_turn();
-    } else {
-      free_staging();
-    }
-    __syncwarp();
+    if (p.turns) this->end_pending_turn();
+    free_staging();
     float* to = staging() + thread() % 32 * 4;
 #pragma unroll
     for (int j = 0; j < dQ.unit.kColumns / 8; ++j) {

@@ -40,12 +40,21 @@ TILEWRIGHT_HOST_DEVICE constexpr int packed_first_tile(int first_row, int part, 
   return first_row / tile + part;
 }
 
+// Zeros for dQ's sums, see zeros.cuh.
+struct Zeros {
+  int* shares;  // (groups of heads,): of a group's sums, that have been written
+  int ahead;    // groups from the one that is added up to the one whose zeros are written meanwhile
+};
+constexpr int kZeros = 64;  // times 16 bytes: the copy engine's source
+
 // What the launch hands to the main kernel.
 struct KernelParams {
   CUtensorMap q;       // boxes of 64 columns × tile_m rows
   CUtensorMap dout;    // 64 × tile_m
   CUtensorMap k;       // 64 × tile_n
   CUtensorMap v;       // 64 × tile_n
+  CUtensorMap dk;      // 64 × 16: of a warp. Not where dQ is added from registers
+  CUtensorMap dv;      // 64 × 16
   const float* lse2;   // (tiles, tile_m): lse log2(e); +inf where a row sees nothing or is no row
   const float* delta;  // (tiles, tile_m)
   float* dq_sum;       // (tiles, units, 4, columns of a unit / 8, 32, 4): in the order of the accumulators, see
@@ -53,16 +62,17 @@ struct KernelParams {
                        // 96 the second unit has two parts instead of 4
   int* turns;          // (tiles,): see turns.cuh; null where the order of dQ's sums is free
   void* dq;            // (batch, seqlen_q, heads_q, head_dim) where blocks take whole heads, else null
-  void* dk;
-  void* dv;
+  void* dk_rows;       // dK, for kernels that store without the copy engine
+  void* dv_rows;
   Strides dq_stride;
   Strides dk_stride;
   Strides dv_stride;
   Window window;
+  Zeros zeros;
   TileOrder order;              // of tiles of keys
   int tiles;                    // of keys, of one head; packed: see num_packed
   int head_tiles;               // of queries, of one head; packed: of all parts
-  int* next_tile;               // the counter of the dynamic order, or null: a static order
+  int* next_tile;               // the counter that blocks take tiles from; whole heads: not used
   const PackedKeyTile* packed;  // the work list of a packed batch, or null
   const int* num_packed;        // its length
   Divisor heads_kv;
@@ -91,9 +101,18 @@ struct TileWork {
   int first_fresh;  // whole heads: these tiles of queries and those behind have no part of dQ yet; else behind all
   uint32_t number;  // tiles announced before
   uint32_t loaded;  // tiles of K and V loaded before
+  int index;        // in the order
   int next;         // the producer's: the index of the tile after this one
   bool last;        // no work: the end
   QueryWalk walk;
+
+  // A row of the sequence.
+  __device__ __forceinline__ RowCoordinates query(bool packed, int row) const {
+    return packed ? RowCoordinates::packed(q_begin, seqlen_q, row) : RowCoordinates::plain(row, batch);
+  }
+  __device__ __forceinline__ RowCoordinates key(bool packed, int row) const {
+    return packed ? RowCoordinates::packed(k_begin, seqlen_k, row) : RowCoordinates::plain(row, batch);
+  }
 };
 
 constexpr int kTurnSlots = 4;  // steps that are on their way to their additions, at most; see turns.cuh

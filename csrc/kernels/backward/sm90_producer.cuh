@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/backward/sm90_config.cuh"
+#include "kernels/backward/zeros.cuh"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
 
@@ -16,14 +17,15 @@ struct Producer {
   uint32_t steps = 0;  // tiles of Q and dO loaded
 
   __device__ __forceinline__ void run() {
-    // The order of the sums of dQ is safe only if a block that takes a tile is at work on it (see turns.cuh): there
-    // even the first tile comes from the counter.
-    int index = p.turns ? atomicAdd(p.next_tile, 1) : static_cast<int>(blockIdx.x) * (p.dq ? p.tiles : 1);
+    // Where blocks wait for each other, each must be at work on what it has taken: even the first tile comes from the
+    // counter.
+    int index = p.dq ? static_cast<int>(blockIdx.x) * p.tiles : atomicAdd(p.next_tile, 1);
     uint32_t number = 0, loaded = 0;
-    while (index < (p.packed ? *p.num_packed : p.tiles) * p.order.heads) {
+    while (index < tiles_of_head(p) * p.order.heads) {
       TileWork& work = next_slot(number);
       work.loaded = loaded;
-      work.next = p.dq ? index + 1 : next_index(number + 1);
+      work.index = index;
+      work.next = p.dq ? index + 1 : atomicAdd(p.next_tile, 1);
       work.last = false;
       describe(work, index);
       if (p.dq) describe_sums(work);
@@ -35,16 +37,6 @@ struct Producer {
     }
     next_slot(number).last = true;
     publish(number);
-  }
-
-  // The dynamic order asks for its next tile before it needs it. The static one goes back and forth over the blocks, so
-  // that no block always gets the longest of a round.
-  __device__ __forceinline__ int next_index(int round) const {
-    unsigned blocks, block;  // not from gridDim and blockIdx: the compiler would keep them all the time
-    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
-    if (p.next_tile) return atomicAdd(p.next_tile, 1) + (p.turns ? 0 : static_cast<int>(blocks));
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    return static_cast<int>(round * blocks + (round % 2 ? blocks - 1 - block : block));
   }
 
   // The slot of a block's tile `number`, once the tile that was there is done.
@@ -59,7 +51,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ void describe(TileWork& work, int index) const {
-    const TileOrder::Tile at = p.order.at(index, p.packed ? *p.num_packed : p.tiles);
+    const TileOrder::Tile at = p.order.at(index, tiles_of_head(p));
     if (p.packed) {
       const PackedKeyTile& tile = p.packed[at.tile];
       work.first_tile = at.head * p.group * p.head_tiles + tile.first_tile;
@@ -99,7 +91,7 @@ struct Producer {
     work.walk = work.first_key / C::kTileN % 2 ? QueryWalk::downwards(range) : QueryWalk::upwards(range, 0);
     work.first_fresh = range.first_fresh(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileM);
     forget_values();
-    unsigned blocks, block;
+    unsigned blocks, block;  // not from gridDim and blockIdx: the compiler would keep them all the time
     asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     work.first_sum = static_cast<int>(block) * p.group * p.head_tiles;
@@ -125,18 +117,20 @@ struct Producer {
         of.fresh = tile >= work.first_fresh;
         const int head_q = work.head_kv * p.group + head;
 
+        // The consumers add to the sums in their second step, or after the only one.
+        if (head * work.walk.count + step == (p.group * work.walk.count > 1)) wait_for_zeros(p, work);
         if (first && C::kStagesK > 1) load_k(work);
         ptx::mbarrier_wait(&shared.q_empty[stage], empty_parity);
         ptx::mbarrier_arrive_expect(&shared.q_full[stage], shared.q[0].kBytes + kStatBytes);
         load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
-        load(shared.q[stage], &p.q, &shared.q_full[stage], head_q, query_rows(work, tile * C::kTileM));
+        load(shared.q[stage], &p.q, &shared.q_full[stage], head_q, work.query(p.packed, tile * C::kTileM));
 
         if (first) load_v(work);
 
         ptx::mbarrier_wait(&shared.dout_empty[stage], empty_parity);
         ptx::mbarrier_arrive_expect(&shared.dout_full[stage], shared.dout[0].kBytes + kStatBytes);
         load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
-        load(shared.dout[stage], &p.dout, &shared.dout_full[stage], head_q, query_rows(work, tile * C::kTileM));
+        load(shared.dout[stage], &p.dout, &shared.dout_full[stage], head_q, work.query(p.packed, tile * C::kTileM));
 
         if (first && C::kStagesK == 1) load_k(work);
         ++steps;
@@ -146,24 +140,17 @@ struct Producer {
   __device__ __forceinline__ void load_v(const TileWork& work) {
     ptx::mbarrier_wait(&shared.v_empty, (work.loaded + 1) % 2);
     ptx::mbarrier_arrive_expect(&shared.v_full, shared.v.kBytes);
-    load(shared.v, &p.v, &shared.v_full, work.head_kv, key_rows(work));
+    load(shared.v, &p.v, &shared.v_full, work.head_kv, work.key(p.packed, work.first_key));
   }
   __device__ __forceinline__ void load_k(const TileWork& work) {
     const int stage = work.loaded % C::kStagesK;
     ptx::mbarrier_wait(&shared.k_empty[stage], (work.loaded / C::kStagesK + 1) % 2);
     ptx::mbarrier_arrive_expect(&shared.k_full[stage], shared.k[0].kBytes);
-    load(shared.k[stage], &p.k, &shared.k_full[stage], work.head_kv, key_rows(work));
+    load(shared.k[stage], &p.k, &shared.k_full[stage], work.head_kv, work.key(p.packed, work.first_key));
   }
 
   static constexpr uint32_t kStatBytes = C::kTileM * sizeof(float);
 
-  __device__ __forceinline__ RowCoordinates query_rows(const TileWork& work, int row) const {
-    return p.packed ? RowCoordinates::packed(work.q_begin, work.seqlen_q, row) : RowCoordinates::plain(row, work.batch);
-  }
-  __device__ __forceinline__ RowCoordinates key_rows(const TileWork& work) const {
-    return p.packed ? RowCoordinates::packed(work.k_begin, work.seqlen_k, work.first_key)
-                    : RowCoordinates::plain(work.first_key, work.batch);
-  }
   __device__ __forceinline__ void load_stat(float* to, const float* from, int number, uint64_t* full) {
     ptx::bulk_load(to, from + int64_t{number} * C::kTileM, kStatBytes, full);
   }

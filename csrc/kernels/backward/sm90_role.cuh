@@ -43,7 +43,7 @@ struct ConsumerRole {
   }
   __device__ __forceinline__ static int warp_of_all() { return thread_of_all() / 32; }
   // As if the consumers that hold rows of a tile were one: row() of an accumulator is then that of the tile.
-  __device__ __forceinline__ static int thread_of_tile() { return C::kTileN == 64 ? thread() : thread_of_all(); }
+  __device__ __forceinline__ static int thread_of_tile() { return C::kWide ? thread() : thread_of_all(); }
 
   // One arrival a warp: only then is its own wait surely over.
   __device__ __forceinline__ void release(uint64_t& empty) {
@@ -175,13 +175,35 @@ struct ConsumerRole {
     const int rows = left <= 0 ? 0 : left <= 8 ? 1 : 2;
     store_rows(from, factor, row_of(to, stride, key), 8 * stride.row, rows, columns, t);
   }
-  // The same through `staging`, a place in shared memory for this warp's 16 rows.
+  // The same by the copy engine, through `staging`, a place in shared memory for this warp's 16 rows.
   template <int kColumns>
-  __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, void* to,
-                                        const Strides& stride, int columns, void* staging) {
+  __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, const CUtensorMap* to,
+                                        void* staging) {
+    using Rows = SharedTile<Element, 16, kColumns>;
+    static_assert(sizeof(Rows) <= kWarpFloats * sizeof(float) && kWarpFloats * sizeof(float) % alignof(Rows) == 0);
+    Rows& rows = *static_cast<Rows*>(staging);
+    const int lane = thread() % 32;
+#pragma unroll
+    for (int i = 0; i < kColumns / 16; ++i) {
+      uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* pair = &from.values[8 * i + 2 * j];
+        x[j] = ptx::pack<Element>(pair[0] * factor, pair[1] * factor);
+      }
+      ptx::stmatrix_x4(rows.address() + rows.piece_offset(lane % 16, 2 * i + lane / 16), x[0], x[1], x[2], x[3]);
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (!ptx::elect_one()) return;
     const int key = work().first_key + thread_of_tile() / 32 * 16;
-    store_rows_staged(from, factor, static_cast<Element*>(staging), row_of(to, stride, key), stride.row,
-                      work().seqlen_k - key, columns, thread() % 32);
+    const RowCoordinates at = work().key(p.packed, key);
+    if (key < work().seqlen_k) {
+      for (int i = 0; i < rows.kChunks; ++i) {
+        ptx::tma_store_5d(to, rows.chunk(i), i * 64, work().head_kv, at.row, at.outer, at.wrap);
+      }
+    }
+    ptx::bulk_commit_group();
   }
 
  private:

@@ -111,7 +111,7 @@ struct ProbabilityConsumer : WideConsumer<C> {
     while (!work().last) {
       dV.fill(0.f);
       if (work().walk.count > 0) walk_queries();
-      this->store(dV, 1.f, p.dv, p.dv_stride, p.head_dim_v);
+      this->store(dV, 1.f, p.dv_rows, p.dv_stride, p.head_dim_v);
       this->next_tile();
     }
   }
@@ -193,7 +193,7 @@ struct GradientConsumer : WideConsumer<C> {
     while (!work().last) {
       dK.fill(0.f);
       if (work().walk.count > 0) walk_queries();
-      this->store(dK, p.scale, p.dk, p.dk_stride, p.head_dim);
+      this->store(dK, p.scale, p.dk_rows, p.dk_stride, p.head_dim);
       this->next_tile();
     }
   }

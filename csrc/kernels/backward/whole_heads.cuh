@@ -40,7 +40,7 @@ struct WholeHeads {
   // After a tile of keys, by all consumers.
   __device__ __forceinline__ void end_tile() const {
     if constexpr (C::kBulk) {
-      if (ptx::elect_one()) ptx::bulk_wait_group();
+      if (ptx::elect_one()) ptx::bulk_wait_group<2>();  // all but dV and dK
       ptx::fence_proxy_async_global();
     }
     if (work.first_key + C::kTileN < work.seqlen_k) return;
