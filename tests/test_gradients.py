@@ -132,6 +132,23 @@ def test_whole_heads(device, dtype, head_dim, head_dim_v, seqlen_q, seqlen_k, he
         assert all(torch.equal(grad, grads[name]) for name, grad in again.items())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_many_heads(device, dtype, head_dim, options, packed):
+    """More heads, which blocks share, than zeros for dQ's sums are written for before the kernel
+    (kernels/backward/zeros.cuh). What lay in memory before is no number."""
+    count = tiles.multiprocessors(device)
+    batch, heads = (5, 100) if packed else (count * 3 // 4, 2)
+    problem = tiles.Problem(head_dim, head_dim, [300] * batch, [300] * batch, packed, options, heads, heads)
+    assert not problem.backward_tile(count)["whole_heads"]
+    (q, k, v), options = problem.make(device, dtype)
+    dout, dlse = cases.into_outputs(q, v)
+    torch.full((1 << 27,), float("nan"), device=device)
+    cases.check_gradients(q, k, v, dout=dout, dlse=dlse, **options)
+
+
 @pytest.mark.parametrize("heads_q, heads_kv", [(3, 3), (6, 2), (8, 1), (5, 1)])
 def test_grouped_heads(device, dtype, heads_q, heads_kv):
     q, k, v = cases.make(device, dtype, seqlen_q=50, seqlen_k=80, heads_q=heads_q, heads_kv=heads_kv, head_dim=32)

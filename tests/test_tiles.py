@@ -79,17 +79,21 @@ def test_choice_of_the_backward(head_dim, head_dim_v, **problem):
     seqlen_q=st.one_of(st.integers(0, 4096), lengths),
     seqlen_k=st.one_of(st.integers(0, 4096), lengths),
     causal=st.booleans(),
+    deterministic=st.booleans(),
     heads_kv=st.integers(0, 1 << 12),
     group=st.sampled_from([1, 2, 3, 8, 64]),
     multiprocessors=st.integers(1, 200),
 )
-def test_choice_of_whole_heads(head_dim, softcap, seqlen_q, seqlen_k, causal, heads_kv, group, multiprocessors):
-    """Where the sums fit in the L2 cache and the last round of heads leaves few multiprocessors idle."""
+def test_choice_of_whole_heads(
+    head_dim, softcap, seqlen_q, seqlen_k, causal, deterministic, heads_kv, group, multiprocessors
+):
+    """Where the sums fit in the L2 cache, or nearly if the others would have to wait, and the last round of heads leaves
+    few multiprocessors idle."""
     problem = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "window_right": 0 if causal else None}
-    heads = {"heads_kv": heads_kv, "group": group, "multiprocessors": multiprocessors}
+    heads = {"heads_kv": heads_kv, "group": group, "multiprocessors": multiprocessors, "deterministic": deterministic}
     tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, **heads)
     rows = -(-seqlen_q // tile["tile_m"]) * tile["tile_m"]
-    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= 27 << 20
+    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= (36 if causal and deterministic else 27) << 20
     rounds = -(-heads_kv // multiprocessors)
     one_tile = seqlen_k <= tile["tile_n"]
     even = one_tile or rounds * multiprocessors <= 1.05 * heads_kv or heads_kv >= 4 * multiprocessors
@@ -99,15 +103,21 @@ def test_choice_of_whole_heads(head_dim, softcap, seqlen_q, seqlen_k, causal, he
 
 
 @pytest.mark.parametrize(
-    "head_dim, seqlen, heads, whole",
-    [(64, 512, 1024, True), (64, 1024, 512, False), (96, 512, 672, True), (96, 1024, 336, False),
-     (128, 256, 1024, True), (128, 512, 512, False), (256, 256, 512, False),
-     (128, 256, 160, False), (128, 300, 16, False), (128, 128, 3, True)],
+    "head_dim, seqlen, heads, whole, waiting",
+    [(64, 512, 1024, True, True), (64, 1024, 512, False, True), (64, 2048, 256, False, False),
+     (96, 512, 672, True, True), (96, 1024, 336, False, False),
+     (128, 256, 1024, True, True), (128, 512, 512, False, True), (128, 1024, 256, False, False),
+     (256, 256, 512, False, False), (128, 256, 160, False, False), (128, 300, 16, False, False),
+     (128, 128, 3, True, True)],
 )  # fmt: skip
-def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole):
-    """Those of docs/backward.md: 16,384 tokens, heads × head_dim = 2,048, on an H200; and few heads."""
-    tile = _tilewright.backward_tile(head_dim, head_dim, seqlen_q=seqlen, seqlen_k=seqlen, heads_kv=heads)
-    assert tile["whole_heads"] == whole
+def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole, waiting):
+    """Those of docs/backward.md: 16,384 tokens, heads × head_dim = 2,048, on an H200; and few heads. `waiting`: with a
+    fixed order, causal."""
+    problem = {"head_dim": head_dim, "head_dim_v": head_dim, "seqlen_q": seqlen, "seqlen_k": seqlen, "heads_kv": heads}
+    assert _tilewright.backward_tile(**problem)["whole_heads"] == whole
+    assert _tilewright.backward_tile(**problem, window_right=0)["whole_heads"] == whole
+    assert _tilewright.backward_tile(**problem, deterministic=True)["whole_heads"] == whole
+    assert _tilewright.backward_tile(**problem, window_right=0, deterministic=True)["whole_heads"] == waiting
 
 
 bounds = st.none() | st.integers(0, 300)

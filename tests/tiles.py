@@ -58,11 +58,12 @@ class Problem:
         heads = self.heads_q * len(self.lengths_q)
         return _tilewright.forward_tile(**self._choice(), heads=heads, multiprocessors=multiprocessors)
 
-    def backward_tile(self, multiprocessors):
+    def backward_tile(self, multiprocessors, deterministic=False):
         """What the backward uses for it."""
         return _tilewright.backward_tile(
             **self._choice(),
             packed=self.packed,
+            deterministic=deterministic,
             heads_kv=self.heads_kv * len(self.lengths_q),
             group=self.heads_q // self.heads_kv,
             multiprocessors=multiprocessors,

@@ -25,6 +25,9 @@ struct Consumer : ConsumerRole<C> {
   using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::work, Base::stage, Base::parity, Base::stage_k,
       Base::release, Base::thread, Base::warp_of_all;
 
+  // dK and dV start with the first product, or from zeros where ptxas runs out of registers otherwise.
+  static constexpr bool kFromZeros = !C::kTogether;
+
   Accumulator<C::kHeadDim> dK;
   Accumulator<C::kHeadDimV> dV;
   OperandA<Element, C::kTileM> P;
@@ -45,13 +48,12 @@ struct Consumer : ConsumerRole<C> {
   __device__ __forceinline__ void run() {
     this->first_tile();
     while (!work().last) {
-      if (work().walk.count > 0) {
-        walk_queries();
-      } else {
+      if (kFromZeros || work().walk.count == 0) {
         dK.fill(0.f);
         dV.fill(0.f);
-        store_dV();
       }
+      if (work().walk.count > 0) walk_queries();
+      if (work().walk.count == 0) store_dV();
       store_dK();
       if (p.dq) WholeHeads<C>{p, work(), warpgroup, thread(), this->has_part()}.end_tile();
       this->next_tile();
@@ -105,7 +107,7 @@ struct Consumer : ConsumerRole<C> {
       ptx::wgmma_fence();
       if constexpr (!C::kTogether) issue_dP(dP);
       dV.pin();
-      issue_dV(done > 0);
+      issue_dV(kFromZeros || done > 0);
       ptx::wgmma_wait<1>();
       dP.pin();
       differentiate<C::kPackedProduct>(dP, P, dS, shared.delta[stage()], dP.column(thread()));
@@ -115,7 +117,7 @@ struct Consumer : ConsumerRole<C> {
     ptx::mbarrier_wait(&shared.ds_empty[buffer], (steps / C::kDsBuffers + 1) % 2);
     this->write_dS(dS, buffer);
     if constexpr (!C::kTogether) {
-      issue_dK(done > 0);
+      issue_dK(kFromZeros || done > 0);
       ptx::wgmma_wait<0>();
       dV.pin();
       dK.pin();
@@ -129,7 +131,7 @@ struct Consumer : ConsumerRole<C> {
     ptx::wgmma_fence();
     dQ.pin();
     issue_share(dQ, steps - 1);
-    if constexpr (C::kTogether) issue_dK(done > 0);
+    if constexpr (C::kTogether) issue_dK(kFromZeros || done > 0);
     ptx::wgmma_wait<C::kTogether ? 1 : 0>();
     dV.pin();
     dQ.pin();
@@ -229,17 +231,14 @@ struct Consumer : ConsumerRole<C> {
     dQ.pin();
     issue_share(dQ, last);
     if (C::kBulk && p.turns) this->end_pending_turn();
-    const auto end_product = [&] {
-      ptx::wgmma_wait<0>();
-      dQ.pin();
-      release(shared.ds_empty[last % C::kDsBuffers]);
-      release(shared.k_empty[stage_k()]);
-    };
-    // Where K has one buffer the next tile's comes the sooner, else dV goes out under the product.
-    if constexpr (C::kStagesK == 1) end_product();
-    store_dV();
-    if constexpr (C::kStagesK > 1) end_product();
+    // Under the product, unless the next tile's K waits for it.
+    if constexpr (C::kStagesK > 1) store_dV();
+    ptx::wgmma_wait<0>();
+    dQ.pin();
+    release(shared.ds_empty[last % C::kDsBuffers]);
+    release(shared.k_empty[stage_k()]);
     add(dQ, last);
+    if constexpr (C::kStagesK == 1) store_dV();
   }
 
   __device__ __forceinline__ void store_dV() {
