@@ -127,16 +127,12 @@ struct ConsumerRole {
   __device__ __forceinline__ void add_from_registers(const Accumulator<kColumns>& dQ, float* part, bool fresh,
                                                      int first_column = 0) {
     float* to = part + first_column * 16 + thread() % 32 * 4;
-    if (fresh) {
 #pragma unroll
-      for (int j = kBegin; j < (kEnd < 0 ? kColumns / 8 : kEnd); ++j) {
-        const float* x = &dQ.values[4 * j];
+    for (int j = kBegin; j < (kEnd < 0 ? kColumns / 8 : kEnd); ++j) {
+      const float* x = &dQ.values[4 * j];
+      if (fresh) {
         *reinterpret_cast<float4*>(to + j * 128) = make_float4(x[0], x[1], x[2], x[3]);
-      }
-    } else {
-#pragma unroll
-      for (int j = kBegin; j < (kEnd < 0 ? kColumns / 8 : kEnd); ++j) {
-        const float* x = &dQ.values[4 * j];
+      } else {
         ptx::reduce_add(to + j * 128, x[0], x[1], x[2], x[3]);
       }
     }
