@@ -87,13 +87,14 @@ def test_choice_of_the_backward(head_dim, head_dim_v, **problem):
 def test_choice_of_whole_heads(
     head_dim, softcap, seqlen_q, seqlen_k, causal, deterministic, heads_kv, group, multiprocessors
 ):
-    """Where the sums fit in the L2 cache, or nearly if the others would have to wait, and the last round of heads leaves
-    few multiprocessors idle."""
+    """Where the sums fit in the L2 cache, or nearly if blocks would have to wait for each other, and the last round of
+    heads leaves few multiprocessors idle."""
     problem = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "window_right": 0 if causal else None}
     heads = {"heads_kv": heads_kv, "group": group, "multiprocessors": multiprocessors, "deterministic": deterministic}
     tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, **heads)
     rows = -(-seqlen_q // tile["tile_m"]) * tile["tile_m"]
-    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= (36 if causal and deterministic else 27) << 20
+    most = (36 if causal and deterministic else 27) << 20
+    fits = min(heads_kv, multiprocessors) * group * rows * tile["head_dim"] * 4 <= most
     rounds = -(-heads_kv // multiprocessors)
     one_tile = seqlen_k <= tile["tile_n"]
     even = one_tile or rounds * multiprocessors <= 1.05 * heads_kv or heads_kv >= 4 * multiprocessors
