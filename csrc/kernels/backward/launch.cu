@@ -58,8 +58,8 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   shape.head_group = shape.whole_heads ? 1 : std::max<int64_t>(std::min(heads, shape.heads_kv), 1);
   shape.head_groups = (shape.heads_kv + shape.head_group - 1) / shape.head_group;
   // Zeros come so early that nobody waits for them. With turns, or where the additions set the pace anyway, they cost
-  // less before the main kernel.
-  const bool before = p.deterministic || (uneven && shape.tile.add_dq == AddDq::kRegisters);
+  // less before the main kernel; and there they are for a packed batch.
+  const bool before = p.deterministic || shape.packed || (uneven && shape.tile.add_dq == AddDq::kRegisters);
   const int64_t tiles = std::max<int64_t>(shape.head_group * shape.key_tiles, 1);
   shape.ahead = before ? shape.head_groups : 1 + (blocks * 3 / 2 + tiles - 1) / tiles;
 }
