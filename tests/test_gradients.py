@@ -137,8 +137,8 @@ def test_whole_heads(device, dtype, head_dim, head_dim_v, seqlen_q, seqlen_k, he
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_many_heads(device, dtype, head_dim, options, packed):
-    """More heads, which blocks share, than zeros for dQ's sums are written for before the kernel
-    (kernels/backward/zeros.cuh). What lay in memory before is no number."""
+    """More heads, which blocks share, than zeros for dQ's sums need be written for before the kernel
+    (kernels/backward/zeros.cuh; packed and above 128 causal all are). What lay in memory before is no number."""
     count = tiles.multiprocessors(device)
     batch, heads = (5, 100) if packed else (count * 3 // 4, 2)
     problem = tiles.Problem(head_dim, head_dim, [300] * batch, [300] * batch, packed, options, heads, heads)

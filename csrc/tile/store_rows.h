@@ -1,7 +1,6 @@
 #pragma once
 
-#include "ptx/address.h"
-#include "ptx/ldmatrix.h"
+#include "ptx/math.h"
 #include "tile/fragment.h"
 
 namespace tilewright {
@@ -45,35 +44,6 @@ __device__ __forceinline__ void store_rows(const Accumulator<kCols>& from, float
       }
     }
   }
-}
-
-// The same by way of shared memory, 16 × kCols elements (kCols in whole 64) for each warp, aligned to 128 bytes: every
-// row goes out whole. `to` is the warp's first row. Whatever reads or writes `staging` before or after is of the same
-// warp and synchronised with it.
-template <class Element, int kCols>
-__device__ __forceinline__ void store_rows_staged(const Accumulator<kCols>& from, float factor, Element* staging,
-                                                  Element* to, int64_t row_stride, int rows, int columns, int lane) {
-  constexpr int kPieces = kCols / 8;  // 16 bytes each; those of a row are exchanged by its number: no bank conflicts
-  constexpr int kPitch = (kCols + 63) / 64 * 64;  // the exchange is among eight
-  const auto at = [&](int row, int piece) { return staging + row * kPitch + (piece ^ row % 8) * 8; };
-#pragma unroll
-  for (int i = 0; i < kCols / 16; ++i) {
-    uint32_t pairs[4];
-#pragma unroll
-    for (int x = 0; x < 4; ++x) {
-      const float* pair = &from.values[8 * i + 2 * x];
-      pairs[x] = ptx::pack<Element>(pair[0] * factor, pair[1] * factor);
-    }
-    ptx::stmatrix_x4(ptx::shared_address(at(lane % 16, 2 * i + lane / 16)), pairs[0], pairs[1], pairs[2], pairs[3]);
-  }
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < kPieces / 2; ++i) {
-    const int row = (lane + 32 * i) / kPieces, piece = (lane + 32 * i) % kPieces;
-    const uint4 x = *reinterpret_cast<const uint4*>(at(row, piece));
-    if (row < rows && 8 * piece < columns) *reinterpret_cast<uint4*>(to + row * row_stride + 8 * piece) = x;
-  }
-  __syncwarp();
 }
 
 }  // namespace tilewright

@@ -34,6 +34,7 @@ struct Shape {
   int64_t row_tiles;   // of all heads
   int64_t key_tiles;   // of one head; packed: at most, of all parts
   int64_t heads_kv;    // times batch; packed: heads
+  bool uneven;         // tiles of keys that not all queries see
   BackwardHeads heads;
   bool whole_heads;    // a block takes
   int64_t head_group;  // heads at work at the same time
@@ -46,20 +47,19 @@ struct Shape {
 // all blocks need and the cache holds. Those that add in turns wait for the other blocks of their head: the more heads
 // at a time, the fewer.
 void choose_order(const BackwardParams& p, Shape& shape) {
-  const bool uneven = shape.packed || p.window.right < p.seqlen_k || p.window.left < p.seqlen_k;
   const int64_t blocks = shape.heads.multiprocessors;
   const int64_t bytes_a_head =
       int64_t{std::max(p.seqlen_q, 1)} * shape.heads.group * (6 * p.head_dim + 2 * p.head_dim_v);
   const int64_t fitting = std::max<int64_t>(1, kGroupBytes / bytes_a_head);
   const int64_t few = blocks * 8 / p.head_dim;  // a step takes longer with more columns
   const int64_t needed = (blocks * 3 / 2 + shape.key_tiles) / std::max<int64_t>(shape.key_tiles, 1);
-  int64_t heads = uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
-  if (p.deterministic) heads = uneven ? std::max(2 * fitting, 4 * few) : std::max(fitting, few);
+  int64_t heads = shape.uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
+  if (p.deterministic) heads = shape.uneven ? std::max(2 * fitting, 4 * few) : std::max(fitting, few);
   shape.head_group = shape.whole_heads ? 1 : std::max<int64_t>(std::min(heads, shape.heads_kv), 1);
   shape.head_groups = (shape.heads_kv + shape.head_group - 1) / shape.head_group;
   // Zeros come so early that nobody waits for them. With turns, or where the additions set the pace anyway, they cost
   // less before the main kernel; and there they are for a packed batch.
-  const bool before = p.deterministic || shape.packed || (uneven && shape.tile.add_dq == AddDq::kRegisters);
+  const bool before = p.deterministic || shape.packed || (shape.uneven && shape.tile.add_dq == AddDq::kRegisters);
   const int64_t tiles = std::max<int64_t>(shape.head_group * shape.key_tiles, 1);
   shape.ahead = before ? shape.head_groups : 1 + (blocks * 3 / 2 + tiles - 1) / tiles;
 }
@@ -82,10 +82,11 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.row_tiles = shape.head_tiles * p.heads_q * batch;
   shape.heads_kv = int64_t{p.heads_kv} * batch;
   if (shape.row_tiles > INT32_MAX || shape.key_tiles * shape.heads_kv > INT32_MAX) return cudaErrorInvalidValue;
+  shape.uneven = shape.packed || !problem.full();
   int blocks = 0;
   const cudaError_t status = multiprocessors(blocks);
   shape.heads = {
-      shape.packed, p.deterministic && !problem.full(), shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k,
+      shape.packed, p.deterministic && shape.uneven, shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k,
       blocks};
   shape.whole_heads = status == cudaSuccess && takes_whole_heads(shape.tile, shape.heads);
   choose_order(p, shape);

@@ -25,10 +25,10 @@ struct RowParams {
   float* dq_sum;       // see KernelParams
   int zero_tiles;      // of it, that this kernel fills with zeros
   int* zero_shares;    // see Zeros
-  int head_groups;     // their number
+  int head_groups;     // how many of these counters
   int* turns;          // see KernelParams
   PackedParts parts;   // of a packed q, else null
-  int* next_tile;      // the main kernel's counter, or null
+  int* next_tile;      // see KernelParams
   int batch;           // sequences; packed: 1
   int seqlen_q;        // packed: total_q
   int heads_q;
@@ -103,8 +103,8 @@ struct RowStats {
   }
 };
 
-// delta = rowsum(dO ∘ O) - dlse, lse in powers of two, dQ's sums and their turns ← 0 where dQ is made of them later. A
-// block a tile.
+// delta = rowsum(dO ∘ O) - dlse, lse in powers of two; the first zero_tiles of dQ's sums and all counters ← 0. A block
+// a tile.
 template <class Element, int kHeadDim, int kHeadDimV, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constant__ RowParams p) {
   ptx::launch_dependent_grids();

@@ -85,6 +85,12 @@ struct KernelParams {
   float dq_scale;     // scale with its sign, which is in q otherwise
   float score_scale;  // softcap only: scale / softcap
   float to_log2;      // scale log2(e); with softcap: softcap log2(e)
+
+  // Tiles of keys.
+  __device__ __forceinline__ int tiles_of_head() const { return packed ? *num_packed : tiles; }
+  __device__ __forceinline__ int tiles_of_group() const {
+    return static_cast<int>(order.head_group.divisor) * tiles_of_head();
+  }
 };
 
 // A tile of work, as the producer announces it to the consumers.

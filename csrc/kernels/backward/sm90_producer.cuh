@@ -21,7 +21,7 @@ struct Producer {
     // counter.
     int index = p.dq ? static_cast<int>(blockIdx.x) * p.tiles : atomicAdd(p.next_tile, 1);
     uint32_t number = 0, loaded = 0;
-    while (index < tiles_of_head(p) * p.order.heads) {
+    while (index < p.tiles_of_head() * p.order.heads) {
       TileWork& work = next_slot(number);
       work.loaded = loaded;
       work.index = index;
@@ -51,7 +51,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ void describe(TileWork& work, int index) const {
-    const TileOrder::Tile at = p.order.at(index, tiles_of_head(p));
+    const TileOrder::Tile at = p.order.at(index, p.tiles_of_head());
     if (p.packed) {
       const PackedKeyTile& tile = p.packed[at.tile];
       work.first_tile = at.head * p.group * p.head_tiles + tile.first_tile;

@@ -19,14 +19,9 @@ namespace tilewright::backward {
 //
 // No deadlock: a share comes with a tile of an earlier group, which a block at work has taken before, and waits for
 // nothing.
-__device__ __forceinline__ int tiles_of_head(const KernelParams& p) { return p.packed ? *p.num_packed : p.tiles; }
-__device__ __forceinline__ int tiles_of_group(const KernelParams& p) {
-  return static_cast<int>(p.order.head_group.divisor) * tiles_of_head(p);
-}
-
 __device__ __forceinline__ void wait_for_zeros(const KernelParams& p, const TileWork& work) {
   if (p.dq) return;
-  const int shares = tiles_of_group(p);
+  const int shares = p.tiles_of_group();
   const int group = work.index / shares;
   if (group < p.zeros.ahead) return;
   while (ptx::load_acquire(p.zeros.shares + group) < shares) {
@@ -54,7 +49,7 @@ struct ZeroWriter {
 
  private:
   __device__ __forceinline__ void write_share(int index) const {
-    const int shares = tiles_of_group(p), group_heads = static_cast<int>(p.order.head_group.divisor);
+    const int shares = p.tiles_of_group(), group_heads = static_cast<int>(p.order.head_group.divisor);
     const int group = index / shares + p.zeros.ahead;
     const int heads = min_of(p.order.heads - group * group_heads, group_heads);
     if (heads <= 0) return;
