@@ -149,6 +149,27 @@ def test_many_heads(device, dtype, head_dim, options, packed):
     cases.check_gradients(q, k, v, dout=dout, dlse=dlse, **options)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "lengths_q, lengths_k, packed, options",
+    [
+        ([3000] * 4, [200] * 4, False, {"causal": True}),
+        ([200] * 4, [3000] * 4, False, {"window": (50, 0)}),
+        ([100] * 40, [0] * 15 + [90] * 10 + [0] * 15, True, {}),
+        ([0] * 15 + [90] * 10 + [0] * 15, [100] * 40, True, {}),
+        ([1000] * 10, [100] * 10, True, {"causal": True}),
+    ],
+    ids=["queries", "keys", "sequences of queries", "sequences of keys", "packed queries"],
+)
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_tiles_that_see_nothing(device, dtype, head_dim, head_dim_v, lengths_q, lengths_k, packed, options):
+    """More of them in a row than a block has slots for tiles, before, between and behind others."""
+    problem = tiles.Problem(head_dim, head_dim_v, lengths_q, lengths_k, packed, options, heads_q=20, heads_kv=20)
+    (q, k, v), options = problem.make(device, dtype)
+    dout, dlse = cases.into_outputs(q, v)
+    cases.check_gradients(q, k, v, dout=dout, dlse=dlse, **options)
+
+
 @pytest.mark.parametrize("heads_q, heads_kv", [(3, 3), (6, 2), (8, 1), (5, 1)])
 def test_grouped_heads(device, dtype, heads_q, heads_kv):
     q, k, v = cases.make(device, dtype, seqlen_q=50, seqlen_k=80, heads_q=heads_q, heads_kv=heads_kv, head_dim=32)

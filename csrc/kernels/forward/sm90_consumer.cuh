@@ -46,23 +46,23 @@ struct Consumer {
 
   __device__ __forceinline__ void run() {
     if (warpgroup == C::kWarpgroups - 1) your_turn();
-    if (next_tile()) {
-      O.fill(0.f);
-      if constexpr (C::kQInRegisters) first_step<false>();
-      for (;;) {
-        walk_blocks();
-        finished = tile_at.stage;
-        tile_at.advance();
-        const bool more = next_tile();
-        // With Q in registers, the first block of the next tile comes together with the last product of this one.
-        // Otherwise the next Q is loaded only then.
-        if (!C::kQInRegisters || !more) end_step();
-        if (!more) break;
-        if constexpr (C::kQInRegisters) {
+    while (next_tile()) {
+      if constexpr (C::kQInRegisters) {
+        // A row of tiles that see keys: the first block of the next comes together with the last product of this one.
+        O.fill(0.f);
+        first_step<false>();
+        for (;;) {
+          walk_blocks();
+          finish_tile();
+          if (!next_sees_keys()) break;
           if constexpr (!C::kSkipColumns) end_rows();
           first_step<true>();
         }
+      } else {
+        walk_blocks();
+        finish_tile();
       }
+      end_step();
     }
     // The turn given away last comes back: a barrier must not be left with arrivals.
     if (warpgroup == 0) my_turn();
@@ -115,6 +115,17 @@ struct Consumer {
     v_at.advance();
   }
 
+  __device__ __forceinline__ void finish_tile() {
+    finished = tile_at.stage;
+    tile_at.advance();
+  }
+  // Whether the tile at tile_at does. The finished one keeps its slot until its O is stored, which must not wait for a
+  // tile behind one that sees no key: there may be more of those than slots.
+  __device__ __forceinline__ bool next_sees_keys() {
+    ptx::mbarrier_wait(&shared.tile_full[tile_at.stage], tile_at.parity);
+    const TileWork& work = shared.tile[tile_at.stage];
+    return !work.last && work.range.count() > 0;
+  }
   // The tile at tile_at, which stays announced until release_tile; false at the end of the work. Tiles that see no key
   // are dealt with on the way.
   __device__ __forceinline__ bool next_tile() {

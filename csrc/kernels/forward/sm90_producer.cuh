@@ -19,7 +19,8 @@ struct Producer {
   PipelineState<1> q_at{};
 
   static constexpr int kNone = -1;
-  // V of a block is loaded after K of the next one, also across tiles: the order in which they are consumed.
+  // V of a block is loaded after K of the next one, also across tiles that see keys: the order in which they are
+  // consumed.
   int v_head = kNone;
   RowCoordinates v_rows;
   bool lent = false;  // the buffers behind the last V loaded, for O
@@ -44,8 +45,7 @@ struct Producer {
     }
     TileWork end{};
     end.last = true;
-    announce(end);
-    if (v_head != kNone) load_v(true);
+    load_tile(announce(end));
   }
 
   __device__ __forceinline__ TileWork work_at(int index, int tiles) const {
@@ -85,6 +85,10 @@ struct Producer {
   __device__ __forceinline__ void load_tile(const TileWork& work) {
     const int head_kv = p.heads_per_kv.divide(work.head);
     const int blocks = work.range.count();
+    if (blocks == 0 && v_head != kNone) {
+      load_v(true);
+      v_head = kNone;
+    }
     // A consumer with Q in registers frees its buffer early and asks for the next Q together with K_0; otherwise Q's
     // buffer becomes free only when the tile before ends, and K_1 must not wait behind it.
     for (int step = 0; step < blocks; ++step) {
