@@ -99,17 +99,15 @@ def test_choice_of_whole_heads(
     one_tile = seqlen_k <= tile["tile_n"]
     even = one_tile or rounds * multiprocessors <= 1.05 * heads_kv or heads_kv >= 4 * multiprocessors
     some = heads_kv > 0 and seqlen_q > 0 and seqlen_k > 0
-    assert tile["whole_heads"] == (some and fits and even and tile["head_dim_v"] <= 128)
+    assert tile["whole_heads"] == (some and fits and even and not tile["second_pass"])
     assert not _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, **heads, packed=True)["whole_heads"]
 
 
 @pytest.mark.parametrize(
     "head_dim, seqlen, heads, whole, waiting",
     [(64, 512, 1024, True, True), (64, 1024, 512, False, True), (64, 2048, 256, False, False),
-     (96, 512, 672, True, True), (96, 1024, 336, False, False),
-     (128, 256, 1024, True, True), (128, 512, 512, False, True), (128, 1024, 256, False, False),
-     (256, 256, 512, False, False), (128, 256, 160, False, False), (128, 300, 16, False, False),
-     (128, 128, 3, True, True)],
+     (96, 512, 672, False, False), (128, 256, 1024, False, False), (256, 256, 512, False, False),
+     (64, 256, 160, False, False), (64, 300, 16, False, False), (64, 128, 3, True, True)],
 )  # fmt: skip
 def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole, waiting):
     """Those of docs/backward.md: 16,384 tokens, heads × head_dim = 2,048, on an H200; and few heads. `waiting`: with a
@@ -119,6 +117,21 @@ def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole, waiting)
     assert _tilewright.backward_tile(**problem, window_right=0)["whole_heads"] == whole
     assert _tilewright.backward_tile(**problem, deterministic=True)["whole_heads"] == whole
     assert _tilewright.backward_tile(**problem, window_right=0, deterministic=True)["whole_heads"] == waiting
+
+
+@pytest.mark.parametrize(
+    "head_dim, softcap, causal, longest, longest_deterministic",
+    [(96, False, False, 512, 1024), (96, False, True, 1024, 4096), (128, False, False, 512, 1024),
+     (128, False, True, 1024, 4096), (256, False, False, 1 << 20, 1 << 20), (256, True, True, 1 << 20, 1 << 20),
+     (64, False, True, 0, 0), (128, True, True, 0, 0)],
+)  # fmt: skip
+def test_choice_of_the_second_pass(head_dim, softcap, causal, longest, longest_deterministic):
+    """At head_dim 256 always, at 96 and 128 in short sequences, in longer ones where blocks would wait otherwise."""
+    for deterministic, last in ((False, longest), (True, longest_deterministic)):
+        for seqlen in (1, 500, 513, 1024, 1025, 4096, 4097, 1 << 20):
+            problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0 if causal else None}
+            tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, deterministic=deterministic)
+            assert tile["second_pass"] == (seqlen <= last)
 
 
 bounds = st.none() | st.integers(0, 300)

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "attention/host_device.h"
@@ -46,6 +47,19 @@ struct TileOrder {
     const int size = min_of(in_group, heads - group * in_group);
     const int tile = size == in_group ? head_group.divide(rest) : rest / size;
     return {tile, group * in_group + rest - tile * size};
+  }
+
+  // Of tiles of queries. Those of one length run best one head after the other: the blocks at work then read the same
+  // keys at the same time. A causal order needs many heads to fill the gaps with short tiles, if their keys and values
+  // fit in the L2 cache or not; too many, and all long tiles come at once, which read each head's keys alone.
+  static TileOrder of_queries(int heads, int heads_per_kv, bool causal, int sequences, int64_t bytes_a_head) {
+    constexpr int64_t kGroupBytes = 32 << 20;  // of 50 MB
+    constexpr int64_t kMinSequences = 16, kMaxSequences = 64;
+    const int64_t least = std::max<int64_t>(kMinSequences / sequences, 1);
+    const int64_t most = std::max<int64_t>(kMaxSequences / sequences, 1);
+    const int64_t fitting = kGroupBytes / std::max<int64_t>(bytes_a_head, 1);
+    const int64_t group = causal ? std::clamp(fitting, least, most) : 1;
+    return {heads, Divisor::of(static_cast<int>(std::min<int64_t>(group * heads_per_kv, heads)))};
   }
 };
 

@@ -18,9 +18,12 @@ namespace tilewright {
 namespace {
 
 using backward::KernelParams;
+using backward::kSecondTileM;
+using backward::kSecondTileN;
 using backward::Launch;
-using backward::PackedKeyTile;
+using backward::PackedPairTile;
 using backward::RowParams;
+using backward::SecondPassParams;
 
 // Heads worked on at the same time should leave Q, dO and the sums of dQ in the L2 cache (50 MB).
 constexpr int64_t kGroupBytes = 32 << 20;
@@ -36,6 +39,8 @@ struct Shape {
   int64_t heads_kv;    // times batch; packed: heads
   bool uneven;         // tiles of keys that not all queries see
   BackwardHeads heads;
+  bool second_pass;    // for dQ
+  bool turns;          // blocks add to its sums in
   bool whole_heads;    // a block takes
   int64_t head_group;  // heads at work at the same time
   int64_t head_groups;
@@ -45,7 +50,7 @@ struct Shape {
 // Whole heads come in their order: all are as long. Else: key tiles of one length run best one head after the other:
 // the blocks at work then read the same queries at the same time. Others fill each other's gaps, with as many heads as
 // all blocks need and the cache holds. Those that add in turns wait for the other blocks of their head: the more heads
-// at a time, the fewer.
+// at a time, the fewer, but too many leave nothing in the cache.
 void choose_order(const BackwardParams& p, Shape& shape) {
   const int64_t blocks = shape.heads.multiprocessors;
   const int64_t bytes_a_head =
@@ -54,12 +59,14 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   const int64_t few = blocks * 8 / p.head_dim;  // a step takes longer with more columns
   const int64_t needed = (blocks * 3 / 2 + shape.key_tiles) / std::max<int64_t>(shape.key_tiles, 1);
   int64_t heads = shape.uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
-  if (p.deterministic) heads = shape.uneven ? std::max(2 * fitting, 4 * few) : std::max(fitting, few);
+  if (shape.turns) {
+    heads = shape.uneven ? std::min(fitting * 3 / 2 + blocks * 3 / 16, blocks / 2) : std::max(fitting, few / 2);
+  }
   shape.head_group = shape.whole_heads ? 1 : std::max<int64_t>(std::min(heads, shape.heads_kv), 1);
   shape.head_groups = (shape.heads_kv + shape.head_group - 1) / shape.head_group;
   // Zeros come so early that nobody waits for them. With turns, or where the additions set the pace anyway, they cost
   // less before the main kernel; and there they are for a packed batch.
-  const bool before = p.deterministic || shape.packed || (shape.uneven && shape.tile.add_dq == AddDq::kRegisters);
+  const bool before = shape.turns || shape.packed || (shape.uneven && shape.tile.add_dq == AddDq::kRegisters);
   const int64_t tiles = std::max<int64_t>(shape.head_group * shape.key_tiles, 1);
   shape.ahead = before ? shape.head_groups : 1 + (blocks * 3 / 2 + tiles - 1) / tiles;
 }
@@ -69,8 +76,8 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.packed = p.cu_seqlens_q != nullptr;
   const int sequences = shape.packed ? std::max(p.batch, 1) : 1;
   const BackwardProblem problem{
-      p.head_dim,    p.head_dim_v,  p.softcap > 0, ceil_div(p.seqlen_q, sequences), ceil_div(p.seqlen_k, sequences),
-      p.window.left, p.window.right};
+      p.head_dim,    p.head_dim_v,   p.softcap > 0,  ceil_div(p.seqlen_q, sequences), ceil_div(p.seqlen_k, sequences),
+      p.window.left, p.window.right, p.deterministic};
   shape.index = select_backward_tile(problem);
   if (shape.index < 0) return cudaErrorInvalidValue;
   shape.tile = kBackwardTiles[shape.index];
@@ -89,8 +96,15 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
       shape.packed, p.deterministic && shape.uneven, shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k,
       blocks};
   shape.whole_heads = status == cudaSuccess && takes_whole_heads(shape.tile, shape.heads);
+  shape.second_pass = shape.tile.add_dq == AddDq::kSecondPass;
+  shape.turns = p.deterministic && !shape.whole_heads && !shape.second_pass;
   choose_order(p, shape);
   return status;
+}
+
+// Of queries; packed: at most, of all parts.
+int64_t second_tiles_of_head(const BackwardParams& p, const Shape& shape) {
+  return shape.packed ? max_packed_tiles(p.seqlen_q, p.batch, kSecondTileM) : ceil_div(p.seqlen_q, kSecondTileM);
 }
 
 struct Workspace {
@@ -104,7 +118,8 @@ struct Workspace {
   int* first_row_q;
   int* first_row_k;
   int* first_tile;
-  PackedKeyTile* tiles;
+  PackedPairTile* tiles;
+  PackedPairTile* second_tiles;
   size_t bytes;
 };
 
@@ -116,18 +131,21 @@ Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape
     w.bytes += (count * sizeof(*to) + kAlignment - 1) / kAlignment * kAlignment;
   };
   const int64_t rows = shape.row_tiles * shape.tile.tile_m;
-  take(w.dq_sum, shape.whole_heads ? sums_of_whole_heads(shape.tile, shape.heads) : rows * shape.tile.head_dim);
+  if (!shape.second_pass) {
+    take(w.dq_sum, shape.whole_heads ? sums_of_whole_heads(shape.tile, shape.heads) : rows * shape.tile.head_dim);
+    take(w.zero_shares, shape.head_groups);
+  }
+  if (shape.turns) take(w.turns, shape.row_tiles);
   take(w.lse2, rows);
   take(w.delta, rows);
-  if (p.deterministic && !shape.whole_heads) take(w.turns, shape.row_tiles);
-  take(w.zero_shares, shape.head_groups);
-  take(w.next_tile, 1);
+  take(w.next_tile, 2);
   if (shape.packed) {
-    take(w.num_packed, 1);
+    take(w.num_packed, 2);
     take(w.first_row_q, int64_t{p.batch} + 1);
     take(w.first_row_k, int64_t{p.batch} + 1);
     take(w.first_tile, int64_t{p.batch} + 3);
     take(w.tiles, shape.key_tiles);
+    if (shape.second_pass) take(w.second_tiles, second_tiles_of_head(p, shape));
   }
   return w;
 }
@@ -169,7 +187,25 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   return kernel;
 }
 
-cudaError_t make_tensor_maps(KernelParams& kernel, const BackwardParams& p, const Shape& shape) {
+void set_second_pass(SecondPassParams& second, const BackwardParams& p, const Shape& shape, const KernelParams& first,
+                     const Workspace& w) {
+  const bool causal = p.window.right < p.seqlen_k && p.window.left >= p.seqlen_k;
+  second.first = first;
+  second.dq = p.dq;
+  second.dq_stride = p.dq_stride;
+  second.order = TileOrder::of_queries(p.heads_q * (shape.packed ? 1 : p.batch), first.group, causal,
+                                       shape.packed ? std::max(p.batch, 1) : 1,
+                                       int64_t{p.seqlen_k} * (p.head_dim + p.head_dim_v) * 2);
+  second.tiles = static_cast<int>(second_tiles_of_head(p, shape));
+  second.next_tile = w.next_tile + 1;
+  second.packed = w.second_tiles;
+  second.num_packed = shape.packed ? w.num_packed + 1 : nullptr;
+  second.heads_q = Divisor::of(p.heads_q);
+  second.heads_per_kv = Divisor::of(first.group);
+}
+
+cudaError_t make_tensor_maps(Launch& launch, const BackwardParams& p, const Shape& shape) {
+  KernelParams& kernel = launch.main;
   const bool half = p.element == Element::kFloat16;
   const auto map = [&](CUtensorMap& to, const void* data, int dim, int heads, int rows, const Strides& strides,
                        int box) {
@@ -182,9 +218,17 @@ cudaError_t make_tensor_maps(KernelParams& kernel, const BackwardParams& p, cons
   }
   if (status == cudaSuccess) status = map(kernel.k, p.k, p.head_dim, p.heads_kv, p.seqlen_k, p.k_stride, tile_n);
   if (status == cudaSuccess) status = map(kernel.v, p.v, p.head_dim_v, p.heads_kv, p.seqlen_k, p.v_stride, tile_n);
-  if (shape.tile.add_dq != AddDq::kBulk) return status;
-  if (status == cudaSuccess) status = map(kernel.dk, p.dk, p.head_dim, p.heads_kv, p.seqlen_k, p.dk_stride, 16);
-  if (status == cudaSuccess) status = map(kernel.dv, p.dv, p.head_dim_v, p.heads_kv, p.seqlen_k, p.dv_stride, 16);
+  if (shape.tile.stores_by_copy()) {
+    if (status == cudaSuccess) status = map(kernel.dk, p.dk, p.head_dim, p.heads_kv, p.seqlen_k, p.dk_stride, 16);
+    if (status == cudaSuccess) status = map(kernel.dv, p.dv, p.head_dim_v, p.heads_kv, p.seqlen_k, p.dv_stride, 16);
+  }
+  if (shape.second_pass) {
+    SecondPassParams& second = launch.second;
+    if (status == cudaSuccess)
+      status = map(second.k, p.k, p.head_dim, p.heads_kv, p.seqlen_k, p.k_stride, kSecondTileN);
+    if (status == cudaSuccess)
+      status = map(second.v, p.v, p.head_dim_v, p.heads_kv, p.seqlen_k, p.v_stride, kSecondTileN);
+  }
   return status;
 }
 
@@ -192,7 +236,7 @@ RowParams row_params(const BackwardParams& p, const Shape& shape, const KernelPa
   RowParams rows{};
   rows.out = p.out;
   rows.dout = p.dout;
-  rows.dq = kernel.dq ? nullptr : p.dq;
+  rows.dq = kernel.dq || shape.second_pass ? nullptr : p.dq;
   rows.out_stride = p.out_stride;
   rows.dout_stride = p.dout_stride;
   rows.dq_stride = p.dq_stride;
@@ -203,7 +247,7 @@ RowParams row_params(const BackwardParams& p, const Shape& shape, const KernelPa
   rows.lse2 = w.lse2;
   rows.delta = w.delta;
   rows.dq_sum = w.dq_sum;
-  if (!shape.whole_heads) {
+  if (!shape.whole_heads && !shape.second_pass) {
     const int64_t heads = std::min(shape.ahead * shape.head_group, shape.heads_kv);
     rows.zero_tiles = static_cast<int>(heads * shape.heads.group * shape.head_tiles);
   }
@@ -265,16 +309,25 @@ cudaError_t backward_sm90(const BackwardParams& params, void* workspace, cudaStr
   launch.row_tiles = shape.row_tiles;
   const int64_t portions = shape.whole_heads ? shape.heads_kv : shape.key_tiles * shape.heads_kv;
   launch.blocks = params.seqlen_k > 0 ? std::min<int64_t>(blocks, portions) : 0;
-  if (launch.blocks > 0) status = make_tensor_maps(launch.main, params, shape);
+  if (launch.blocks > 0) status = make_tensor_maps(launch, params, shape);
+  if (launch.blocks > 0 && shape.second_pass) {
+    set_second_pass(launch.second, params, shape, launch.main, w);
+    launch.second_blocks = std::min<int64_t>(blocks, int64_t{launch.second.tiles} * launch.second.order.heads);
+  }
   if (status == cudaSuccess && shape.packed) {
     backward::prepare_packed<<<1, kPrepareThreads, 0, stream>>>(
         {params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q, params.seqlen_k, shape.tile.tile_m,
-         shape.tile.tile_n, params.window, w.num_packed, w.first_row_q, w.first_row_k, w.first_tile, w.tiles});
+         shape.tile.tile_n, params.window, w.first_row_q, w.first_row_k, w.first_tile, w.num_packed, w.tiles,
+         kSecondTileM, kSecondTileN, w.second_tiles});
     status = cudaGetLastError();
   }
   if (status != cudaSuccess) return status;
   status = params.element == Element::kFloat16 ? launch_tile<__half>(launch, shape.index, stream)
                                                : launch_tile<__nv_bfloat16>(launch, shape.index, stream);
+  if (status == cudaSuccess && shape.second_pass && launch.blocks == 0) {  // no keys
+    const int64_t rows = (shape.packed ? 1 : int64_t{params.batch}) * params.seqlen_q;
+    status = cudaMemsetAsync(params.dq, 0, rows * params.heads_q * params.head_dim * 2, stream);
+  }
   if (status == cudaSuccess && params.dsinks) {
     status = start_overlapping(backward::sum_dsinks, {params.heads_q, backward::kSinkThreads, 0}, stream,
                                backward::SinkParams{launch.rows, shape.tile.tile_m});

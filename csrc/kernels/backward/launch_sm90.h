@@ -7,13 +7,15 @@
 
 namespace tilewright::backward {
 
-// What one call launches: the main kernel; before it one with a block for each tile of rows, and another such after it
-// unless the main kernel writes dQ itself.
+// What one call launches: the main kernel; before it one with a block for each tile of rows; after it a second pass, or
+// another with a block for each tile of rows, unless the main kernel writes dQ itself.
 struct Launch {
   KernelParams main;
   RowParams rows;
-  int64_t blocks;     // of the main kernel
-  int64_t row_tiles;  // of all heads
+  SecondPassParams second;
+  int64_t blocks;         // of the main kernel
+  int64_t row_tiles;      // of all heads
+  int64_t second_blocks;  // of the second pass
 };
 
 // Launches the instance of a row of kBackwardTiles; defined in the .cu that CMake makes from instance.cu.in.

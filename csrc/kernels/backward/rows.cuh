@@ -12,7 +12,7 @@ namespace tilewright::backward {
 struct RowParams {
   const void* out;   // (batch, seqlen_q, heads_q, head_dim_v)
   const void* dout;  // like out
-  void* dq;          // (batch, seqlen_q, heads_q, head_dim), or null where the main kernel writes it (whole_heads.cuh)
+  void* dq;          // (batch, seqlen_q, heads_q, head_dim), or null where another kernel writes it
   Strides out_stride;
   Strides dout_stride;
   Strides dq_stride;
@@ -24,11 +24,11 @@ struct RowParams {
   float* delta;        // (tiles, tile_m)
   float* dq_sum;       // see KernelParams
   int zero_tiles;      // of it, that this kernel fills with zeros
-  int* zero_shares;    // see Zeros
+  int* zero_shares;    // see Zeros; or null
   int head_groups;     // how many of these counters
   int* turns;          // see KernelParams
   PackedParts parts;   // of a packed q, else null
-  int* next_tile;      // see KernelParams
+  int* next_tile;      // two: see KernelParams and SecondPassParams
   int batch;           // sequences; packed: 1
   int seqlen_q;        // packed: total_q
   int heads_q;
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
   ptx::wait_for_prerequisite_grids();  // the kernels of the call before may still read what is written here
   const RowTile tile = RowTile::of<kTileM>(p);
   if (threadIdx.x == 0) {
-    if (tile.number == 0) *p.next_tile = 0;
-    if (tile.number < p.head_groups) p.zero_shares[tile.number] = 0;
+    if (tile.number == 0) p.next_tile[0] = p.next_tile[1] = 0;
+    if (p.zero_shares && tile.number < p.head_groups) p.zero_shares[tile.number] = 0;
     if (p.turns) p.turns[tile.number] = 0;
   }
   const int rows = tile.in_sequence ? tile.rows : 0;

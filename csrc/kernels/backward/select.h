@@ -8,8 +8,9 @@ namespace tilewright {
 
 // How a block adds its part of dQ to global memory.
 enum class AddDq {
-  kRegisters,  // red.v4 from the accumulators
-  kBulk,       // through shared memory, by cp.reduce.async.bulk
+  kRegisters,   // red.v4 from the accumulators
+  kBulk,        // through shared memory, by cp.reduce.async.bulk
+  kSecondPass,  // not at all: a kernel of its own computes it (sm90_second_pass.cuh)
 };
 
 // The tile of one compiled instance of the Hopper backward, which serves every problem that fits into its head
@@ -23,15 +24,18 @@ struct BackwardTile {
   int stages;  // of Q and dO
   int stages_k;
   AddDq add_dq;
+
+  // dK and dV leave by the copy engine.
+  constexpr bool stores_by_copy() const { return add_dq != AddDq::kRegisters && tile_n == 128; }
 };
 
 // One row for each instance in CMakeLists.txt.
 constexpr BackwardTile kBackwardTiles[] = {
-    {64, 64, false, 128, 128, 2, 2, AddDq::kBulk},       {96, 96, false, 80, 128, 2, 1, AddDq::kBulk},
-    {96, 96, false, 64, 128, 2, 2, AddDq::kBulk},        {128, 128, false, 80, 128, 2, 1, AddDq::kBulk},
-    {128, 128, false, 64, 128, 2, 2, AddDq::kBulk},      {128, 128, true, 64, 128, 2, 2, AddDq::kBulk},
-    {192, 128, false, 64, 128, 2, 1, AddDq::kRegisters}, {192, 128, true, 48, 128, 2, 1, AddDq::kRegisters},
-    {256, 256, false, 64, 64, 2, 1, AddDq::kRegisters},  {256, 256, true, 64, 64, 2, 1, AddDq::kRegisters},
+    {64, 64, false, 128, 128, 2, 2, AddDq::kBulk},        {96, 96, false, 80, 128, 2, 1, AddDq::kBulk},
+    {96, 96, false, 64, 128, 3, 2, AddDq::kSecondPass},   {128, 128, false, 80, 128, 2, 1, AddDq::kBulk},
+    {128, 128, false, 64, 128, 3, 2, AddDq::kSecondPass}, {128, 128, true, 64, 128, 2, 2, AddDq::kBulk},
+    {192, 128, false, 64, 128, 2, 1, AddDq::kRegisters},  {192, 128, true, 48, 128, 2, 1, AddDq::kRegisters},
+    {256, 256, false, 64, 64, 2, 1, AddDq::kSecondPass},  {256, 256, true, 64, 64, 2, 1, AddDq::kSecondPass},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
@@ -56,15 +60,18 @@ struct BackwardProblem {
   int seqlen_k;
   int left;   // of the window; a bound at seqlen_k or beyond is none
   int right;  // 0 is causal
+  bool deterministic;
 
   // Every query sees every key.
   constexpr bool full() const { return left >= seqlen_k && right >= seqlen_k; }
 };
 
-// The queries a step takes where there is a choice: 64, with the finest edges and the least padding, or 80, with fewer
-// reads of shared memory for a product.
+// The queries a step takes where there is a choice: 64, and a second pass, which costs more products and nothing around
+// them; or 80, and additions, for which blocks would wait where their order is fixed.
 constexpr int select_backward_tile_m(const BackwardProblem& problem) {
-  return max_of(problem.seqlen_q, problem.seqlen_k) <= (problem.full() ? 512 : 1024) ? 64 : 80;
+  const int longest_free = problem.full() ? 512 : 1024, longest_fixed = problem.full() ? 1024 : 4096;
+  const int longest = problem.deterministic ? longest_fixed : longest_free;
+  return max_of(problem.seqlen_q, problem.seqlen_k) <= longest ? 64 : 80;
 }
 
 // The index in kBackwardTiles of the tile for a problem, -1 if none holds it: of the smallest head dimensions that do.
@@ -110,11 +117,10 @@ constexpr int64_t sums_of_whole_heads(const BackwardTile& tile, const BackwardHe
 }
 
 // The sums must fit, and the last round of heads must leave few multiprocessors idle: at most 5% of all rounds, or as
-// little as there can be with four rounds. A head of one tile is no more work than its tile. The wide kernel does not
-// know this mode.
+// little as there can be with four rounds. A head of one tile is no more work than its tile.
 constexpr bool takes_whole_heads(const BackwardTile& tile, const BackwardHeads& heads) {
   if (heads.packed || heads.heads_kv < 1 || heads.seqlen_q < 1 || heads.seqlen_k < 1) return false;
-  if (tile.head_dim_v > 128) return false;
+  if (tile.add_dq == AddDq::kSecondPass) return false;
   if (sums_of_whole_heads(tile, heads) > (heads.waits ? kWholeHeadsBytesWaiting : kWholeHeadsBytes) / 4) return false;
   if (heads.seqlen_k <= tile.tile_n || heads.heads_kv >= int64_t{4} * heads.multiprocessors) return true;
   const int64_t rounds = (heads.heads_kv + heads.multiprocessors - 1) / heads.multiprocessors;

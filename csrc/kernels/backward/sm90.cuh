@@ -2,6 +2,7 @@
 
 #include "kernels/backward/sm90_config.cuh"
 #include "kernels/backward/sm90_consumer.cuh"
+#include "kernels/backward/sm90_first_pass_consumer.cuh"
 #include "kernels/backward/sm90_producer.cuh"
 #include "kernels/backward/sm90_wide_consumer.cuh"
 #include "kernels/backward/turns.cuh"
@@ -24,13 +25,16 @@
 //     consumers, step n         S = K Qᵀ, dP = V dOᵀ, P = exp(S - lse) | dV += P dO, dS = P ∘ (dP - delta) → shared
 //                               memory | a share of dQ_{n-1} = dS_{n-1} K, dK += dS Q
 //
-// Else (head_dim 256) both work on the same 64, each with one operand in registers:
+// At head_dim 256 they do not: both work on the same 64. There additions to dQ's sums would set the pace, and at
+// head_dim 128 short sequences would wait for what is around the sums: dQ has a kernel of its own
+// (sm90_second_pass.cuh). The gradients of a step come with the scores of the next:
 //
-//     probabilities, step n     S = K Qᵀ, P = exp(S - lse) → the other warpgroup | half of dQ_{n-1}, dV += P dO
-//     gradients, step n         dP = V dOᵀ, dS = P ∘ (dP - delta) → shared memory | half of dQ_{n-1}, dK += dS Q
+//     consumers, step n         dV += P_{n-1} dO_{n-1}, dK += dS_{n-1} Q_{n-1} | S = K Qᵀ, dP = V dOᵀ, P_n, dS_n
 //
-// There the additions to dQ's sums set the pace: a warp that adds waits until the level 2 cache takes more. So it has a
-// product under way meanwhile, and each warpgroup adds in two parts, under its two products.
+// or, at head_dim 256, each warpgroup with one operand in registers:
+//
+//     probabilities, step n     dV += P_{n-1} dO_{n-1} | S = K Qᵀ, P_n = exp(S - lse) → the other warpgroup
+//     gradients, step n         dK += dS_{n-1} Q_{n-1} | dP = V dOᵀ, dS_n = P_n ∘ (dP - delta)
 namespace tilewright::backward {
 
 template <class C>
@@ -42,15 +46,17 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     ptx::tma_prefetch_map(&p.dout);
     ptx::tma_prefetch_map(&p.k);
     ptx::tma_prefetch_map(&p.v);
-    if (C::kBulk) {
+    if (C::kTile.stores_by_copy()) {
       ptx::tma_prefetch_map(&p.dk);
       ptx::tma_prefetch_map(&p.dv);
     }
-    shared.init_barriers(p.turns, !p.dq);
+    shared.init_barriers(p.turns, !p.dq && !C::kSecondPass);
   }
-  // Up to here nothing that another kernel may still write has been read: it overlaps the end of the kernel before.
-  ptx::launch_dependent_grids();
+  // Up to here nothing that another kernel may still write has been read: it overlaps the end of the kernel before. A
+  // second pass may start as soon as all blocks know that what both read is there.
+  if constexpr (!C::kSecondPass) ptx::launch_dependent_grids();
   ptx::wait_for_prerequisite_grids();
+  if constexpr (C::kSecondPass) ptx::launch_dependent_grids();
   __syncthreads();
   // The shuffle tells the compiler that the index is the same in a warp: matrix descriptors stay in uniform registers.
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0);
@@ -58,17 +64,21 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     ptx::registers_decrease<C::kProducerRegisters>();
     if (threadIdx.x == 0) {
       Producer<C>{p, shared}.run();
-    } else if (p.turns && threadIdx.x == 32) {
-      TurnKeeper<C>{p, shared}.announce();
-    } else if (p.turns && threadIdx.x == 64) {
-      TurnKeeper<C>{p, shared}.count();
-    } else if (!p.dq && threadIdx.x == 96) {
-      ZeroWriter<C>{p, shared}.run();
+    } else if constexpr (!C::kSecondPass) {
+      if (p.turns && threadIdx.x == 32) {
+        TurnKeeper<C>{p, shared}.announce();
+      } else if (p.turns && threadIdx.x == 64) {
+        TurnKeeper<C>{p, shared}.count();
+      } else if (!p.dq && threadIdx.x == 96) {
+        ZeroWriter<C>{p, shared}.run();
+      }
     }
   } else {
     ptx::registers_increase<C::kConsumerRegisters>();
-    if constexpr (!C::kWide) {
+    if constexpr (!C::kSecondPass) {
       Consumer<C>{{p, shared, warpgroup}}.run();
+    } else if constexpr (!C::kWide) {
+      FirstPassConsumer<C>{{p, shared, warpgroup}}.run();
     } else if (warpgroup == 0) {
       ProbabilityConsumer<C>{{{p, shared, 0}}}.run();
     } else {

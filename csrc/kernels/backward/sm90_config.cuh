@@ -28,6 +28,11 @@ struct Config {
   static constexpr int kStepSlots = 8;  // a step is read of until two steps later; the producer is up to two ahead
   // dK and dV of 64 keys fill two warpgroups: then each has one of them, else both of 64 keys (sm90.cuh).
   static constexpr bool kWide = kTileN == 64;
+  static constexpr bool kSecondPass = kTile.add_dq == AddDq::kSecondPass;  // of dQ
+  static constexpr int kSharedP = 2;  // wide: steps whose P is on its way to the other warpgroup, at most
+  // Wide: so many columns of K, and of V, stay in registers as the operand of S and dP: less to read from shared
+  // memory, for which these products wait.
+  static constexpr int kHeldColumns = 128;
   // Of dS, see differentiate(). With softcap dS is rounded once more anyway; the wide kernel rounds before.
   static constexpr bool kPackedProduct = std::is_same_v<Element, __nv_bfloat16> && (kWide || !kSoftcap);
   static constexpr bool kBulk = kTile.add_dq == AddDq::kBulk;
@@ -52,10 +57,12 @@ struct Config {
   static constexpr bool kTogether = kHeadDim + kHeadDimV <= 256;
 
   static_assert(kTileN == (kWide ? 64 : 64 * kWarpgroups) && kTileM % 16 == 0);
-  static_assert(kUnits == kWarpgroups || (kSplitUnit && !kBulk));
-  static_assert(!kWide || !kBulk);
+  static_assert(kSecondPass || kUnits == kWarpgroups || (kSplitUnit && !kBulk));
+  static_assert(!kWide || (kSecondPass && kHeadDim == kHeadDimV));
   static_assert(!kPartialUnit || (!kDqByRows && kHeadDim % 16 == 0 && !kSplitUnit));
 };
+
+enum NamedBarrier { kTurn = 1 };  // and kTurn + 1
 
 template <class C>
 struct SharedStorage {
@@ -63,18 +70,21 @@ struct SharedStorage {
   // Each warp's part of dQ on its way out, or its rows of dK or dV; in the wide kernel P on its way to the other
   // warpgroup, thread to thread.
   struct alignas(1024) Staging {
-    float data[C::kBulk ? C::kWarpgroups * C::kUnitFloats : 4];
+    float data[C::kTile.stores_by_copy() ? C::kWarpgroups * C::kUnitFloats : 4];
   };
   struct alignas(128) SharedP {
-    uint4 steps[C::kTileM / 16][128];
+    uint4 steps[C::kSharedP][C::kTileM / 16][128];
   };
+  using TileQ = SharedTile<Element, C::kTileM, C::kHeadDim>;
+  using TileDout = SharedTile<Element, C::kTileM, C::kHeadDimV>;
 
   SharedTile<Element, C::kTileN, C::kHeadDim> k[C::kStagesK];
   SharedTile<Element, C::kTileN, C::kHeadDimV> v;
-  SharedTile<Element, C::kTileM, C::kHeadDim> q[C::kStages];
-  SharedTile<Element, C::kTileM, C::kHeadDimV> dout[C::kStages];
-  SharedTile<Element, C::kTileM, C::kTileN> ds[C::kDsBuffers];  // a row a query
+  TileQ q[C::kStages];
+  TileDout dout[C::kStages];
   std::conditional_t<C::kWide, SharedP, Staging> on_its_way;
+  // A row a query. Not needed where dQ has a second pass.
+  std::conditional_t<C::kSecondPass, char, SharedTile<Element, C::kTileM, C::kTileN>> ds[C::kDsBuffers];
   alignas(16) float lse2[C::kStages][C::kTileM];
   alignas(16) float delta[C::kStages][C::kTileM];
   uint64_t k_full[C::kStagesK], k_empty[C::kStagesK];
@@ -82,24 +92,41 @@ struct SharedStorage {
   uint64_t q_full[C::kStages], q_empty[C::kStages];        // Q and lse2
   uint64_t dout_full[C::kStages], dout_empty[C::kStages];  // dO and delta
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
-  uint64_t p_full;
+  uint64_t p_full[C::kSharedP], p_empty[C::kSharedP];
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
   uint64_t turn_full[kTurnSlots], added[kTurnSlots], counted[kTurnSlots];  // see turns.cuh
   TileWork tile[C::kTileSlots];
   StepWork step[C::kStepSlots];
   uint32_t pending[C::kWarps];  // see end_pending_turn
-  alignas(128) float4 zeros[kZeros];
+  alignas(128) float4 zeros[C::kSecondPass ? 1 : kZeros];
+
+  // Of a step. Wide: dO of a step is done with half a step before Q, and needed half a step after it. So Q goes where
+  // dO of the step kStages before was, and dO where Q was.
+  __device__ __forceinline__ TileQ& q_of(uint32_t step) {
+    if constexpr (C::kWide) {
+      return step / C::kStages % 2 ? dout[step % C::kStages] : q[step % C::kStages];
+    } else {
+      return q[step % C::kStages];
+    }
+  }
+  __device__ __forceinline__ TileDout& dout_of(uint32_t step) {
+    if constexpr (C::kWide) {
+      return step / C::kStages % 2 ? q[step % C::kStages] : dout[step % C::kStages];
+    } else {
+      return dout[step % C::kStages];
+    }
+  }
 
   // By one thread. What a ring's consumers release, every warp of theirs does.
   __device__ __forceinline__ void init_barriers(bool in_turns, bool with_zeros) {
     constexpr int kOneOrAll = C::kWide ? C::kWarps / 2 : C::kWarps;
-    init_ring(k_full, k_empty, 1, C::kWarps);
+    init_ring(k_full, k_empty, 1, kOneOrAll);
     ptx::mbarrier_init(&v_full, 1);
     ptx::mbarrier_init(&v_empty, kOneOrAll);
     init_ring(q_full, q_empty, 1, C::kWarps);
     init_ring(dout_full, dout_empty, 1, C::kWarps);
     init_ring(ds_full, ds_empty, kOneOrAll, C::kWarps);
-    ptx::mbarrier_init(&p_full, kOneOrAll);
+    init_ring(p_full, p_empty, kOneOrAll, kOneOrAll);
     init_ring(tile_full, tile_empty, 1, C::kWarps + (in_turns ? 2 : 0) + (with_zeros ? 1 : 0));
     init_ring(turn_full, added, 1, C::kWarps);
     for (uint64_t& barrier : counted) ptx::mbarrier_init(&barrier, 1);

@@ -23,7 +23,7 @@ struct Consumer : ConsumerRole<C> {
   using ProductDv = ptx::Wgmma<Element, C::kHeadDimV>;
   static constexpr ptx::Major kK = ptx::Major::kK, kMN = ptx::Major::kMN;
   using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::work, Base::stage, Base::parity, Base::stage_k,
-      Base::release, Base::thread, Base::warp_of_all;
+      Base::release, Base::thread, Base::warp_of_all, Base::staging, Base::free_staging;
 
   // dK and dV start with the first product, or from zeros where ptxas runs out of registers otherwise.
   static constexpr bool kFromZeros = !C::kTogether;
@@ -243,16 +243,14 @@ struct Consumer : ConsumerRole<C> {
 
   __device__ __forceinline__ void store_dV() {
     if constexpr (C::kBulk) {
-      free_staging();
-      this->store(dV, 1.f, &p.dv, staging());
+      this->store(dV, 1.f, &p.dv);
     } else {
       this->store(dV, 1.f, p.dv_rows, p.dv_stride, p.head_dim_v);
     }
   }
   __device__ __forceinline__ void store_dK() {
     if constexpr (C::kBulk) {
-      free_staging();
-      this->store(dK, p.scale, &p.dk, staging());
+      this->store(dK, p.scale, &p.dk);
     } else {
       this->store(dK, p.scale, p.dk_rows, p.dk_stride, p.head_dim);
     }
@@ -281,12 +279,6 @@ struct Consumer : ConsumerRole<C> {
     }
   }
 
-  // Each warp has its own place, and the lane that it elects, always the same, knows when the copy engine has read it.
-  __device__ __forceinline__ float* staging() { return shared.on_its_way.data + warp_of_all() * Base::kWarpFloats; }
-  __device__ __forceinline__ void free_staging() {
-    if (ptx::elect_one()) ptx::bulk_wait_group_read();
-    __syncwarp();
-  }
   __device__ __forceinline__ void add_staged(const StepWork& of, uint32_t of_step) {
     this->wait_turn(of_step);
     if (ptx::elect_one()) {

@@ -13,23 +13,22 @@ namespace tilewright::backward {
 using forward::RowCoordinates;
 
 // dQ of a step comes in units, a product each: 64 columns of Q × all its queries, transposed as everything else. Where
-// it takes fewer reads of shared memory, 64 queries × up to 128 columns instead.
-TILEWRIGHT_HOST_DEVICE constexpr bool dq_by_rows(int head_dim, int tile_m) {
-  return (head_dim == 64 && tile_m == 128) || (head_dim == 256 && tile_m == 64);
-}
+// it takes fewer reads of shared memory, 64 queries × all columns instead.
+TILEWRIGHT_HOST_DEVICE constexpr bool dq_by_rows(int head_dim, int tile_m) { return head_dim == 64 && tile_m == 128; }
 // Of a unit's accumulators: of dQ by rows, else of dQᵀ.
 TILEWRIGHT_HOST_DEVICE constexpr int dq_unit_columns(int head_dim, int tile_m) {
-  return !dq_by_rows(head_dim, tile_m) ? tile_m : head_dim < 128 ? head_dim : 128;
+  return dq_by_rows(head_dim, tile_m) ? head_dim : tile_m;
 }
 
-// A tile of keys of a packed batch. Rows that belong to no sequence have no queries: their gradients are zero.
-struct PackedKeyTile {
-  int first_key;  // within the part
+// A tile of keys of a packed batch, or in the second pass of queries. Rows that belong to no sequence have none of the
+// other: their gradients are zero.
+struct PackedPairTile {
+  int first_row;  // within the part
   int k_begin;    // of the part in the packed tensor
   int seqlen_k;
   int q_begin;
   int seqlen_q;
-  int first_tile;  // of the part in the list of its head's query tiles
+  int first_tile;  // of the part in the list of its head's query tiles of tile_m
 };
 
 // lse, delta and dQ's sums lie in tiles of tile_m rows of one head: tile t of head h of a plain batch b is number
@@ -53,28 +52,28 @@ struct KernelParams {
   CUtensorMap dout;    // 64 × tile_m
   CUtensorMap k;       // 64 × tile_n
   CUtensorMap v;       // 64 × tile_n
-  CUtensorMap dk;      // 64 × 16: of a warp. Not where dQ is added from registers
+  CUtensorMap dk;      // 64 × 16: of a warp. Not everywhere: BackwardTile::stores_by_copy
   CUtensorMap dv;      // 64 × 16
   const float* lse2;   // (tiles, tile_m): lse log2(e); +inf where a row sees nothing or is no row
   const float* delta;  // (tiles, tile_m)
-  float* dq_sum;       // (tiles, units, 4, columns of a unit / 8, 32, 4): in the order of the accumulators, see
-                       // part_of_sum; whole heads: (blocks, tiles of a key head, …), see whole_heads.cuh. At head_dim
-                       // 96 the second unit has two parts instead of 4
-  int* turns;          // (tiles,): see turns.cuh; null where the order of dQ's sums is free
-  void* dq;            // (batch, seqlen_q, heads_q, head_dim) where blocks take whole heads, else null
-  void* dk_rows;       // dK, for kernels that store without the copy engine
+  float* dq_sum;  // null with a second pass, else (tiles, units, 4, columns of a unit / 8, 32, 4): in the order of the
+                  // accumulators, see part_of_sum; whole heads: (blocks, tiles of a key head, …), see whole_heads.cuh.
+                  // At head_dim 96 the second unit has two parts instead of 4
+  int* turns;     // (tiles,): see turns.cuh; null where the order of dQ's sums is free
+  void* dq;       // (batch, seqlen_q, heads_q, head_dim) where blocks take whole heads, else null
+  void* dk_rows;  // dK, for kernels that store without the copy engine
   void* dv_rows;
   Strides dq_stride;
   Strides dk_stride;
   Strides dv_stride;
   Window window;
   Zeros zeros;
-  TileOrder order;              // of tiles of keys
-  int tiles;                    // of keys, of one head; packed: see num_packed
-  int head_tiles;               // of queries, of one head; packed: of all parts
-  int* next_tile;               // the counter that blocks take tiles from; whole heads: not used
-  const PackedKeyTile* packed;  // the work list of a packed batch, or null
-  const int* num_packed;        // its length
+  TileOrder order;               // of tiles of keys
+  int tiles;                     // of keys, of one head; packed: see num_packed
+  int head_tiles;                // of queries, of one head; packed: of all parts
+  int* next_tile;                // the counter that blocks take tiles from; whole heads: not used
+  const PackedPairTile* packed;  // the work list of a packed batch, or null
+  const int* num_packed;         // its length
   Divisor heads_kv;
   int group;  // query heads a key head
   int seqlen_q;
@@ -93,15 +92,26 @@ struct KernelParams {
   }
 };
 
-// A tile of work, as the producer announces it to the consumers.
-struct TileWork {
-  int first_key;
-  int head_kv;
+// The sequences of a tile of work.
+struct Sequences {
   int batch;  // packed: 0
   int q_begin;
   int seqlen_q;
   int k_begin;
   int seqlen_k;
+
+  __device__ __forceinline__ RowCoordinates query(bool packed, int row) const {
+    return packed ? RowCoordinates::packed(q_begin, seqlen_q, row) : RowCoordinates::plain(row, batch);
+  }
+  __device__ __forceinline__ RowCoordinates key(bool packed, int row) const {
+    return packed ? RowCoordinates::packed(k_begin, seqlen_k, row) : RowCoordinates::plain(row, batch);
+  }
+};
+
+// A tile of work, as the producer announces it to the consumers.
+struct TileWork : Sequences {
+  int first_key;
+  int head_kv;
   int first_tile;   // of queries: the number of tile 0 of the first head of the group
   int first_sum;    // the same in dq_sum
   int first_fresh;  // whole heads: these tiles of queries and those behind have no part of dQ yet; else behind all
@@ -111,14 +121,6 @@ struct TileWork {
   int next;         // the producer's: the index of the tile after this one
   bool last;        // no work: the end
   QueryWalk walk;
-
-  // A row of the sequence.
-  __device__ __forceinline__ RowCoordinates query(bool packed, int row) const {
-    return packed ? RowCoordinates::packed(q_begin, seqlen_q, row) : RowCoordinates::plain(row, batch);
-  }
-  __device__ __forceinline__ RowCoordinates key(bool packed, int row) const {
-    return packed ? RowCoordinates::packed(k_begin, seqlen_k, row) : RowCoordinates::plain(row, batch);
-  }
 };
 
 constexpr int kTurnSlots = 4;  // steps that are on their way to their additions, at most; see turns.cuh
@@ -128,6 +130,25 @@ struct alignas(16) StepWork {
   float* sums;  // of the tile
   int fresh;    // nothing has been added up there yet, and it is not zero either
   int masked;   // the tile's first query if not every query sees every key, else -1
+};
+
+constexpr int kSecondTileM = 128;  // queries a tile
+constexpr int kSecondTileN = 64;   // keys a block
+
+// What the launch hands to the second pass (sm90_second_pass.cuh).
+struct SecondPassParams {
+  KernelParams first;  // of the first pass
+  CUtensorMap k;       // boxes of 64 columns × 64 rows
+  CUtensorMap v;
+  void* dq;
+  Strides dq_stride;
+  TileOrder order;  // of tiles of queries
+  int tiles;        // of one head; packed: see num_packed
+  int* next_tile;
+  const PackedPairTile* packed;  // or null
+  const int* num_packed;
+  Divisor heads_q;
+  Divisor heads_per_kv;
 };
 
 }  // namespace tilewright::backward

@@ -18,14 +18,16 @@ struct Producer {
 
   __device__ __forceinline__ void run() {
     // Where blocks wait for each other, each must be at work on what it has taken: even the first tile comes from the
-    // counter.
-    int index = p.dq ? static_cast<int>(blockIdx.x) * p.tiles : atomicAdd(p.next_tile, 1);
+    // counter. Else neighbours begin with neighbouring tiles, and read the same rows at the same time.
+    int index = p.dq             ? static_cast<int>(blockIdx.x) * p.tiles
+                : C::kSecondPass ? static_cast<int>(blockIdx.x)
+                                 : atomicAdd(p.next_tile, 1);
     uint32_t number = 0, loaded = 0;
     while (index < p.tiles_of_head() * p.order.heads) {
       TileWork& work = next_slot(number);
       work.loaded = loaded;
       work.index = index;
-      work.next = p.dq ? index + 1 : atomicAdd(p.next_tile, 1);
+      work.next = p.dq ? index + 1 : atomicAdd(p.next_tile, 1) + (C::kSecondPass ? blocks() : 0);
       work.last = false;
       describe(work, index);
       if (p.dq) describe_sums(work);
@@ -53,13 +55,13 @@ struct Producer {
   __device__ __forceinline__ void describe(TileWork& work, int index) const {
     const TileOrder::Tile at = p.order.at(index, p.tiles_of_head());
     if (p.packed) {
-      const PackedKeyTile& tile = p.packed[at.tile];
+      const PackedPairTile& tile = p.packed[at.tile];
       work.first_tile = at.head * p.group * p.head_tiles + tile.first_tile;
       work.head_kv = at.head;
       work.q_begin = tile.q_begin;
       work.seqlen_q = tile.seqlen_q;
       forget_values();
-      work.first_key = tile.first_key;
+      work.first_key = tile.first_row;
       work.k_begin = tile.k_begin;
       work.seqlen_k = tile.seqlen_k;
       work.batch = 0;
@@ -91,17 +93,21 @@ struct Producer {
     work.walk = work.first_key / C::kTileN % 2 ? QueryWalk::downwards(range) : QueryWalk::upwards(range, 0);
     work.first_fresh = range.first_fresh(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileM);
     forget_values();
-    unsigned blocks, block;  // not from gridDim and blockIdx: the compiler would keep them all the time
-    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+    unsigned block;  // not from blockIdx: the compiler would keep it all the time
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     work.first_sum = static_cast<int>(block) * p.group * p.head_tiles;
-    if (work.first_key + C::kTileN >= work.seqlen_k) work.next += (static_cast<int>(blocks) - 1) * p.tiles;
+    if (work.first_key + C::kTileN >= work.seqlen_k) work.next += (blocks() - 1) * p.tiles;
+  }
+  __device__ __forceinline__ static int blocks() {
+    unsigned count;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(count));
+    return static_cast<int>(count);
   }
   // What has been written so far is read again where it is used: all of it at once would take too many registers.
   __device__ __forceinline__ static void forget_values() { asm volatile("" ::: "memory"); }
 
   // Q_0 V dO_0 K Q_1 dO_1 …: the buffers of Q, dO and V become free before the tile of keys in work is done, K's only
-  // with its last product. Where K has two buffers it goes first.
+  // with its last product. Where K has two buffers, or is free as early, it goes first.
   __device__ __forceinline__ void load_tile(const TileWork& work) {
     for (int head = 0; head < p.group; ++head) {
       for (int step = 0; step < work.walk.count; ++step) {
@@ -118,25 +124,28 @@ struct Producer {
         const int head_q = work.head_kv * p.group + head;
 
         // The consumers add to the sums in their second step, or after the only one.
-        if (head * work.walk.count + step == (p.group * work.walk.count > 1)) wait_for_zeros(p, work);
-        if (first && C::kStagesK > 1) load_k(work);
-        ptx::mbarrier_wait(&shared.q_empty[stage], empty_parity);
+        if constexpr (!C::kSecondPass) {
+          if (head * work.walk.count + step == (p.group * work.walk.count > 1)) wait_for_zeros(p, work);
+        }
+        if (first && kEarlyK) load_k(work);
+        ptx::mbarrier_wait(C::kWide ? &shared.dout_empty[stage] : &shared.q_empty[stage], empty_parity);
         ptx::mbarrier_arrive_expect(&shared.q_full[stage], shared.q[0].kBytes + kStatBytes);
         load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
-        load(shared.q[stage], &p.q, &shared.q_full[stage], head_q, work.query(p.packed, tile * C::kTileM));
+        load(shared.q_of(steps), &p.q, &shared.q_full[stage], head_q, work.query(p.packed, tile * C::kTileM));
 
         if (first) load_v(work);
 
-        ptx::mbarrier_wait(&shared.dout_empty[stage], empty_parity);
+        ptx::mbarrier_wait(C::kWide ? &shared.q_empty[stage] : &shared.dout_empty[stage], empty_parity);
         ptx::mbarrier_arrive_expect(&shared.dout_full[stage], shared.dout[0].kBytes + kStatBytes);
         load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
-        load(shared.dout[stage], &p.dout, &shared.dout_full[stage], head_q, work.query(p.packed, tile * C::kTileM));
+        load(shared.dout_of(steps), &p.dout, &shared.dout_full[stage], head_q, work.query(p.packed, tile * C::kTileM));
 
-        if (first && C::kStagesK == 1) load_k(work);
+        if (first && !kEarlyK) load_k(work);
         ++steps;
       }
     }
   }
+  static constexpr bool kEarlyK = C::kStagesK > 1 || C::kWide;
   __device__ __forceinline__ void load_v(const TileWork& work) {
     ptx::mbarrier_wait(&shared.v_empty, (work.loaded + 1) % 2);
     ptx::mbarrier_arrive_expect(&shared.v_full, shared.v.kBytes);

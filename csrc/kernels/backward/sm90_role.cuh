@@ -5,6 +5,7 @@
 #include "ptx/elect.h"
 #include "ptx/ldmatrix.h"
 #include "ptx/mbarrier.h"
+#include "ptx/named_barrier.h"
 #include "ptx/reduce.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
@@ -50,6 +51,14 @@ struct ConsumerRole {
     if (ptx::elect_one()) ptx::mbarrier_arrive(&empty);
   }
 
+  // With a second pass the warpgroups take turns at the tensor cores: one issues the gradients of the step before and
+  // the scores of this one in a row, and the other's exponentials and dS run under them.
+  __device__ __forceinline__ void my_turn() { ptx::named_barrier_sync(kTurn + warpgroup, 256); }
+  __device__ __forceinline__ void your_turn() { ptx::named_barrier_arrive(kTurn + 1 - warpgroup, 256); }
+
+  // All steps of a tile of keys. The compiler must see that the whole warp has one number.
+  __device__ __forceinline__ int count() const { return __shfl_sync(~0u, p.group * work().walk.count, 0); }
+
   __device__ __forceinline__ void first_tile() {
     if (p.turns && ptx::elect_one()) pending() = 0;
     wait_tile(0);
@@ -72,16 +81,14 @@ struct ConsumerRole {
   using DqUnit = Accumulator<C::kUnitFloats / 64>;
 
   // dQᵀ = Kᵀ dSᵀ over all keys of the tile: the columns [64 unit, 64 unit + 64) of Q × the tile's queries from
-  // first_query on. Or, by rows, dQ = dS K: 64 queries × all columns or 128 of them, the queries first.
+  // first_query on. Or, by rows, dQ = dS K: the queries [64 unit, 64 unit + 64) × all columns.
   template <int kColumns>
   __device__ __forceinline__ void issue_dQ(Accumulator<kColumns>& dQ, int unit, int first_query, int buffer) {
     using Product = ptx::Wgmma<Element, kColumns>;
     constexpr int kRowBytes = 128;
     if constexpr (C::kDqByRows) {
-      constexpr int kDown = C::kTileM / 64;
-      const int chunk = unit / kDown * (kColumns / 64);
-      const uint32_t k = unhoisted(shared.k[stage_k()].address() + chunk * shared.k[0].kChunkBytes);
-      const uint32_t ds = unhoisted(shared.ds[buffer].address() + unit % kDown * 64 * kRowBytes);
+      const uint32_t k = unhoisted(shared.k[stage_k()].address());
+      const uint32_t ds = unhoisted(shared.ds[buffer].address() + unit * 64 * kRowBytes);
 #pragma unroll
       for (int i = 0; i < C::kTileN / 16; ++i) {
         Product::template ss<ptx::Major::kMN>(dQ.values, shared.ds[0].k_major(ds, i), shared.k[0].mn_major(k, i),
@@ -171,13 +178,20 @@ struct ConsumerRole {
     const int rows = left <= 0 ? 0 : left <= 8 ? 1 : 2;
     store_rows(from, factor, row_of(to, stride, key), 8 * stride.row, rows, columns, t);
   }
-  // The same by the copy engine, through `staging`, a place in shared memory for this warp's 16 rows.
+  // Each warp has its own place for what leaves by the copy engine, and the lane that it elects, always the same, knows
+  // when it has been read.
+  __device__ __forceinline__ float* staging() { return shared.on_its_way.data + warp_of_all() * kWarpFloats; }
+  __device__ __forceinline__ void free_staging() {
+    if (ptx::elect_one()) ptx::bulk_wait_group_read();
+    __syncwarp();
+  }
+  // The same by the copy engine.
   template <int kColumns>
-  __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, const CUtensorMap* to,
-                                        void* staging) {
+  __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, const CUtensorMap* to) {
+    free_staging();
     using Rows = SharedTile<Element, 16, kColumns>;
     static_assert(sizeof(Rows) <= kWarpFloats * sizeof(float) && kWarpFloats * sizeof(float) % alignof(Rows) == 0);
-    Rows& rows = *static_cast<Rows*>(staging);
+    Rows& rows = *reinterpret_cast<Rows*>(staging());
     const int lane = thread() % 32;
 #pragma unroll
     for (int i = 0; i < kColumns / 16; ++i) {

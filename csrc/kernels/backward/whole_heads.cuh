@@ -86,8 +86,7 @@ struct WholeHeads {
     for (int i = 0; i < kTiles; ++i) {
       const int row = (tile + i) * C::kTileM;
       if constexpr (C::kDqByRows) {
-        constexpr int kDown = C::kTileM / 64;  // units above each other
-        store(unit[i], rows, row + warpgroup % kDown * 64, warpgroup / kDown * kColumns);
+        store(unit[i], rows, row + warpgroup * 64, 0);
       } else {
         store_transposed(unit[i], rows, row, warpgroup * 64);
         if constexpr (C::kSplitUnit) store_transposed(half[i], rows, row + first_of_half, 128);

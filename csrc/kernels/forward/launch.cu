@@ -17,9 +17,6 @@ namespace {
 using forward::KernelParams;
 using forward::RowCoordinates;
 
-// Keys and values of the heads that are worked on at the same time should stay in the L2 cache (50 MB).
-constexpr int64_t kGroupBytes = 32 << 20;
-
 struct Workspace {
   int* next_tile;
   int* num_tiles;
@@ -96,19 +93,10 @@ KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
   kernel.to_log2 = static_cast<float>((p.softcap > 0 ? p.softcap : scale) * kLog2e);
   kernel.tiles = ceil_div(p.seqlen_q, tile.tile_m);
 
-  // Tiles of one length run best one head after the other: the blocks at work then read the same keys at the same time.
-  // A causal order needs many heads to fill the gaps with short tiles, if their keys and values fit in the L2 cache or
-  // not; too many, and all long tiles come at once, which read each head's keys alone.
-  constexpr int64_t kMinUnevenSequences = 16, kMaxUnevenSequences = 64;
-  const bool uneven = p.window.right < p.seqlen_k && p.window.left >= p.seqlen_k;
-  const int sequences = p.cu_seqlens_q ? std::max(p.batch, 1) : 1;
-  const int64_t min_heads = std::max<int64_t>(1, kMinUnevenSequences / sequences);
-  const int64_t max_heads = std::max<int64_t>(1, kMaxUnevenSequences / sequences);
-  const int64_t bytes_a_head = int64_t{std::max(p.seqlen_k, 1)} * (p.head_dim + p.head_dim_v) * 2;
-  const int64_t heads_kv = uneven ? std::clamp(kGroupBytes / bytes_a_head, min_heads, max_heads) : 1;
-  const int heads = p.heads_q * (p.cu_seqlens_q ? 1 : p.batch);
-  const int64_t group = std::min<int64_t>(heads_kv * kernel.heads_per_kv.divisor, heads);
-  kernel.order = {heads, Divisor::of(static_cast<int>(group))};
+  const bool causal = p.window.right < p.seqlen_k && p.window.left >= p.seqlen_k;
+  kernel.order = TileOrder::of_queries(p.heads_q * (p.cu_seqlens_q ? 1 : p.batch), p.heads_q / p.heads_kv, causal,
+                                       p.cu_seqlens_q ? std::max(p.batch, 1) : 1,
+                                       int64_t{p.seqlen_k} * (p.head_dim + p.head_dim_v) * 2);
   return kernel;
 }
 
