@@ -99,26 +99,32 @@ WHOLE_HEADS = [
 ]
 
 
+def check_order(q, k, v, dout, dlse, grads, options):
+    """dQ's sums have one order: the bits are the same every run, whatever `deterministic` says."""
+    for deterministic in (False, True):
+        again = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=deterministic, **options)
+        assert all(torch.equal(grad, grads[name]) for name, grad in again.items())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", WHOLE_HEADS, ids=str)
 @pytest.mark.parametrize("heads_q", [2, 4])
 @pytest.mark.parametrize(
-    "head_dim, head_dim_v, seqlen_q, seqlen_k",
+    "head_dim, head_dim_v, seqlen_q, seqlen_k, softcap",
     [
-        (64, 64, 190, 270),
-        (64, 64, 180, 600),
-        (64, 64, 190, 200),
-        (128, 128, 130, 300),
-        (120, 104, 150, 600),
-        (192, 128, 96, 300),
+        (64, 64, 190, 270, {}),
+        (64, 64, 180, 600, {}),
+        (64, 64, 190, 200, {}),
+        (128, 128, 130, 300, {"softcap": 9.0}),  # without it these have a second pass
+        (120, 104, 150, 600, {"softcap": 9.0}),
+        (192, 128, 96, 300, {}),
     ],
+    ids=str,
 )
-def test_whole_heads(device, dtype, head_dim, head_dim_v, seqlen_q, seqlen_k, heads_q, options):
-    """Blocks that take two key heads each, from end to end (kernels/backward/whole_heads.cuh). The bits are the same
-    every run, whatever `deterministic` says."""
+def test_whole_heads(device, dtype, head_dim, head_dim_v, seqlen_q, seqlen_k, softcap, heads_q, options):
+    """Blocks that take two key heads each, from end to end (kernels/backward/whole_heads.cuh)."""
     count = tiles.multiprocessors(device)
-    if head_dim in (120, 128):  # without softcap these have a second pass
-        options = {**options, "softcap": 9.0}
+    options = {**options, **softcap}
     lengths = [seqlen_q] * count, [seqlen_k] * count
     problem = tiles.Problem(head_dim, head_dim_v, *lengths, False, options, heads_q, heads_kv=2)
     tile = problem.backward_tile(count)
@@ -126,41 +132,39 @@ def test_whole_heads(device, dtype, head_dim, head_dim_v, seqlen_q, seqlen_k, he
     (q, k, v), options = problem.make(device, dtype)
     dout, dlse = cases.into_outputs(q, v)
     grads = cases.check_gradients(q, k, v, dout=dout, dlse=dlse, **options)
-    for deterministic in (False, True):
-        again = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=deterministic, **options)
-        assert all(torch.equal(grad, grads[name]) for name, grad in again.items())
+    check_order(q, k, v, dout, dlse, grads, options)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [*WHOLE_HEADS, {"softcap": 5.0, "window": (None, 9), "sink_tokens": 70}], ids=str)
 @pytest.mark.parametrize(
-    "head_dim, head_dim_v, lengths_q, lengths_k",
+    "head_dim, head_dim_v, lengths_q, lengths_k, options",
     [
-        (96, 96, [300] * 9, [270] * 9),
-        (72, 40, [65, 129, 400], [500, 63, 129]),
-        (128, 128, [300] * 40, [270] * 40),
-        (104, 120, [500, 1, 64], [64, 600, 500]),
-        (256, 256, [300] * 20, [310] * 20),
-        (200, 136, [900, 77], [100, 1000]),
+        (*sizes, options)
+        for sizes in [
+            (96, 96, [300] * 9, [270] * 9),
+            (72, 40, [65, 129, 400], [500, 63, 129]),
+            (128, 128, [300] * 40, [270] * 40),
+            (104, 120, [500, 1, 64], [64, 600, 500]),
+            (256, 256, [300] * 20, [310] * 20),
+            (200, 136, [900, 77], [100, 1000]),
+        ]
+        for options in [*WHOLE_HEADS, {"softcap": 5.0, "window": (None, 9), "sink_tokens": 70}]
+        if sizes[0] > 128 or "softcap" not in options  # up to 128 softcap has none
     ],
+    ids=str,
 )
 def test_second_pass(device, dtype, head_dim, head_dim_v, lengths_q, lengths_k, options, packed):
-    """dQ by itself (kernels/backward/sm90_second_pass.cuh). The bits are the same every run, whatever `deterministic`
-    says."""
+    """dQ by itself (kernels/backward/sm90_second_pass.cuh). What lay in memory before is no number."""
     if not packed:
         lengths_q, lengths_k = lengths_q[:1] * len(lengths_q), lengths_k[:1] * len(lengths_k)
-    if head_dim < 200:  # those with softcap have none
-        options = {name: value for name, value in options.items() if name != "softcap"}
     problem = tiles.Problem(head_dim, head_dim_v, lengths_q, lengths_k, packed, options, heads_q=6, heads_kv=2)
     assert problem.backward_tile(tiles.multiprocessors(device))["second_pass"]
     (q, k, v), options = problem.make(device, dtype)
     dout, dlse = cases.into_outputs(q, v)
     torch.full((1 << 26,), float("nan"), device=device)
     grads = cases.check_gradients(q, k, v, dout=dout, dlse=dlse, **options)
-    for deterministic in (False, True):
-        again = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=deterministic, **options)
-        assert all(torch.equal(grad, grads[name]) for name, grad in again.items())
+    check_order(q, k, v, dout, dlse, grads, options)
 
 
 @pytest.mark.gpu

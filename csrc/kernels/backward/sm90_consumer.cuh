@@ -66,9 +66,7 @@ struct Consumer : ConsumerRole<C> {
   __device__ __forceinline__ void walk_queries() {
     this->wait_k();
     ptx::mbarrier_wait(&shared.v_full, work().loaded % 2);
-    // The shuffle tells the compiler that the number is the same in a warp: what follows from the steps stays in
-    // uniform registers.
-    const int count = __shfl_sync(~0u, p.group * work().walk.count, 0);
+    const int count = this->count();
 #pragma unroll 1
     for (int done = 0; done < count; ++done) step(done);
     release(shared.v_empty);

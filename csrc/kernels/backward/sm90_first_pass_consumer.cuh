@@ -4,6 +4,7 @@
 #include "kernels/backward/sm90_config.cuh"
 #include "kernels/backward/sm90_role.cuh"
 #include "ptx/mbarrier.h"
+#include "ptx/named_barrier.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
 #include "tile/fragment.h"
@@ -11,13 +12,38 @@
 
 namespace tilewright::backward {
 
-// A warpgroup: 64 keys of each tile, their dK and dV; dQ is the second pass's.
+// What the consumers of a first pass have in common: dQ is the second pass's.
 template <class C>
-struct FirstPassConsumer : ConsumerRole<C> {
-  using Base = ConsumerRole<C>;
+struct FirstPassRole : ConsumerRole<C> {
+  using Element = typename C::Element;
+  using Operand = OperandA<Element, C::kTileM>;
+
+  // The warpgroups take turns at the tensor cores: one issues the gradients of the step before and the scores of this
+  // one in a row, and the other's exponentials and dS run under them.
+  __device__ __forceinline__ void my_turn() { ptx::named_barrier_sync(kTurn + this->warpgroup, 256); }
+  __device__ __forceinline__ void your_turn() { ptx::named_barrier_arrive(kTurn + 1 - this->warpgroup, 256); }
+
+  // D += operand rows, over the tile's queries
+  template <int kColumns, class Rows>
+  __device__ __forceinline__ void issue_gradient(Accumulator<kColumns>& D, const Operand& operand, const Rows& rows) {
+    D.pin();
+    const uint32_t b = rows.address();
+#pragma unroll
+    for (int i = 0; i < C::kTileM / 16; ++i) {
+      ptx::Wgmma<Element, kColumns>::template rs<ptx::Major::kMN>(D.values, operand.steps[i], rows.mn_major(b, i),
+                                                                  true);
+    }
+    ptx::wgmma_commit();
+  }
+};
+
+// A warpgroup: 64 keys of each tile, their dK and dV.
+template <class C>
+struct FirstPassConsumer : FirstPassRole<C> {
+  using Base = FirstPassRole<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
-  using Operand = OperandA<Element, C::kTileM>;
+  using Operand = typename Base::Operand;
   using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::work, Base::stage, Base::parity, Base::release,
       Base::thread;
 
@@ -63,8 +89,8 @@ struct FirstPassConsumer : ConsumerRole<C> {
     this->my_turn();
     ptx::wgmma_fence();
     if constexpr (kGradients) {
-      issue_gradient(dV, P, shared.dout[(steps - 1) % C::kStages]);
-      issue_gradient(dK, dS, shared.q[(steps - 1) % C::kStages]);
+      this->issue_gradient(dV, P, shared.dout[(steps - 1) % C::kStages]);
+      this->issue_gradient(dK, dS, shared.q[(steps - 1) % C::kStages]);
     }
     if constexpr (kScores) {
       ptx::mbarrier_wait(&shared.q_full[stage()], parity());
@@ -115,19 +141,6 @@ struct FirstPassConsumer : ConsumerRole<C> {
     for (int i = 0; i < kColumns / 16; ++i) {
       ptx::Wgmma<Element, C::kTileM>::template ss<ptx::Major::kK>(X.values, keys.k_major(a, i), queries.k_major(b, i),
                                                                   i > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // D += operand rows, over the tile's queries
-  template <int kColumns, class Rows>
-  __device__ __forceinline__ void issue_gradient(Accumulator<kColumns>& D, const Operand& operand, const Rows& rows) {
-    D.pin();
-    const uint32_t b = rows.address();
-#pragma unroll
-    for (int i = 0; i < C::kTileM / 16; ++i) {
-      ptx::Wgmma<Element, kColumns>::template rs<ptx::Major::kMN>(D.values, operand.steps[i], rows.mn_major(b, i),
-                                                                  true);
     }
     ptx::wgmma_commit();
   }

@@ -5,7 +5,6 @@
 #include "ptx/elect.h"
 #include "ptx/ldmatrix.h"
 #include "ptx/mbarrier.h"
-#include "ptx/named_barrier.h"
 #include "ptx/reduce.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
@@ -51,12 +50,8 @@ struct ConsumerRole {
     if (ptx::elect_one()) ptx::mbarrier_arrive(&empty);
   }
 
-  // With a second pass the warpgroups take turns at the tensor cores: one issues the gradients of the step before and
-  // the scores of this one in a row, and the other's exponentials and dS run under them.
-  __device__ __forceinline__ void my_turn() { ptx::named_barrier_sync(kTurn + warpgroup, 256); }
-  __device__ __forceinline__ void your_turn() { ptx::named_barrier_arrive(kTurn + 1 - warpgroup, 256); }
-
-  // All steps of a tile of keys. The compiler must see that the whole warp has one number.
+  // All steps of a tile of keys. The shuffle tells the compiler that the number is the same in a warp: what follows
+  // from the steps stays in uniform registers.
   __device__ __forceinline__ int count() const { return __shfl_sync(~0u, p.group * work().walk.count, 0); }
 
   __device__ __forceinline__ void first_tile() {
@@ -128,14 +123,13 @@ struct ConsumerRole {
   }
   // Whether this warp's 16 rows of its warpgroup's unit are columns of dQ.
   __device__ __forceinline__ static bool has_part() { return !C::kPartialUnit || warp_of_all() * 16 < C::kHeadDim; }
-  // The columns 8 kBegin … 8 kEnd of an accumulator that starts at first_column of its unit; stored where nothing has
-  // been added up yet.
-  template <int kBegin = 0, int kEnd = -1, int kColumns>
+  // An accumulator that starts at first_column of its unit; stored where nothing has been added up yet.
+  template <int kColumns>
   __device__ __forceinline__ void add_from_registers(const Accumulator<kColumns>& dQ, float* part, bool fresh,
                                                      int first_column = 0) {
     float* to = part + first_column * 16 + thread() % 32 * 4;
 #pragma unroll
-    for (int j = kBegin; j < (kEnd < 0 ? kColumns / 8 : kEnd); ++j) {
+    for (int j = 0; j < kColumns / 8; ++j) {
       const float* x = &dQ.values[4 * j];
       if (fresh) {
         *reinterpret_cast<float4*>(to + j * 128) = make_float4(x[0], x[1], x[2], x[3]);

@@ -2,7 +2,7 @@
 
 #include "kernels/backward/fragment_gradient.h"
 #include "kernels/backward/sm90_config.cuh"
-#include "kernels/backward/sm90_role.cuh"
+#include "kernels/backward/sm90_first_pass_consumer.cuh"
 #include "ptx/ldmatrix.h"
 #include "ptx/mbarrier.h"
 #include "ptx/wgmma.h"
@@ -13,14 +13,13 @@ namespace tilewright::backward {
 
 // What the two warpgroups of the wide kernel have in common.
 //
-// Each waits for Q and dO of a step both before it releases one of them:
-// the next step's Q may then arrive where dO was, and a barrier must not be two phases ahead of who waits for it.
+// Each waits for Q and dO of a step both before it releases one of them: the next step's Q may then arrive where dO
+// was, and a barrier must not be two phases ahead of who waits for it.
 template <class C>
-struct WideConsumer : ConsumerRole<C> {
-  using Base = ConsumerRole<C>;
+struct WideConsumer : FirstPassRole<C> {
+  using Base = FirstPassRole<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
-  using Operand = OperandA<Element, C::kTileM>;
   using Base::p, Base::shared, Base::steps, Base::release, Base::thread;
 
   static constexpr int kHeld = C::kHeldColumns / 16;
@@ -49,19 +48,6 @@ struct WideConsumer : ConsumerRole<C> {
 #pragma unroll
     for (int i = kHeld; i < Keys::kChunks * 4; ++i) {
       Product::template ss<ptx::Major::kK>(X.values, keys.k_major(a, i), queries.k_major(b, i), true);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // D += operand rows, over the tile's queries
-  template <int kColumns, class Rows>
-  __device__ __forceinline__ void issue_gradient(Accumulator<kColumns>& D, const Operand& operand, const Rows& rows) {
-    D.pin();
-    const uint32_t b = rows.address();
-#pragma unroll
-    for (int i = 0; i < C::kTileM / 16; ++i) {
-      ptx::Wgmma<Element, kColumns>::template rs<ptx::Major::kMN>(D.values, operand.steps[i], rows.mn_major(b, i),
-                                                                  true);
     }
     ptx::wgmma_commit();
   }
