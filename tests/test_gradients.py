@@ -142,6 +142,8 @@ def test_whole_heads(device, dtype, head_dim, head_dim_v, seqlen_q, seqlen_k, so
     [
         (*sizes, options)
         for sizes in [
+            (64, 64, [300] * 5, [270] * 5),
+            (40, 24, [65, 129, 400], [500, 63, 129]),
             (96, 96, [300] * 9, [270] * 9),
             (72, 40, [65, 129, 400], [500, 63, 129]),
             (128, 128, [300] * 40, [270] * 40),
@@ -165,6 +167,40 @@ def test_second_pass(device, dtype, head_dim, head_dim_v, lengths_q, lengths_k, 
     torch.full((1 << 26,), float("nan"), device=device)
     grads = cases.check_gradients(q, k, v, dout=dout, dlse=dlse, **options)
     check_order(q, k, v, dout, dlse, grads, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [options for options in WHOLE_HEADS if "softcap" not in options], ids=str)
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, lengths_q, lengths_k",
+    [
+        (64, 64, [300] * 30, [270] * 30),
+        (40, 56, [1, 400, 130, 64] * 8, [300, 200, 1, 129] * 8),
+        (96, 96, [200, 60], [4300, 4400]),
+        (128, 128, [200, 60], [4300, 4400]),
+        (104, 120, [4300, 4350], [200, 129]),
+        (192, 128, [300, 70], [400, 270]),
+    ],
+    ids=str,
+)
+def test_additions(device, dtype, head_dim, head_dim_v, lengths_q, lengths_k, options, packed):
+    """Blocks that add to the same rows of dq, in any order and in turns (kernels/backward/turns.cuh), in memory that
+    held no numbers before."""
+    if not packed:
+        lengths_q, lengths_k = lengths_q[:1] * len(lengths_q), lengths_k[:1] * len(lengths_k)
+    problem = tiles.Problem(head_dim, head_dim_v, lengths_q, lengths_k, packed, options)
+    for deterministic in (False, True):
+        tile = problem.backward_tile(tiles.multiprocessors(device), deterministic)
+        assert not tile["second_pass"] and not tile["whole_heads"]
+    (q, k, v), options = problem.make(device, dtype)
+    dout, dlse = cases.into_outputs(q, v)
+    torch.full((1 << 26,), float("nan"), device=device)
+    cases.check_gradients(q, k, v, dout=dout, dlse=dlse, **options)
+    grads = cases.check_gradients(q, k, v, dout=dout, dlse=dlse, deterministic=True, **options)
+    for _ in range(3):
+        again = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=True, **options)
+        assert all(torch.equal(grad, grads[name]) for name, grad in again.items())
 
 
 @pytest.mark.gpu

@@ -107,7 +107,7 @@ def test_choice_of_whole_heads(
     "head_dim, seqlen, heads, whole, waiting",
     [(64, 512, 1024, True, True), (64, 1024, 512, False, True), (64, 2048, 256, False, False),
      (96, 512, 672, False, False), (128, 256, 1024, False, False), (256, 256, 512, False, False),
-     (64, 256, 160, False, False), (64, 300, 16, False, False), (64, 128, 3, True, True)],
+     (64, 256, 160, False, False), (64, 300, 70, False, False), (64, 128, 70, True, True)],
 )  # fmt: skip
 def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole, waiting):
     """Those of docs/backward.md: 16,384 tokens, heads × head_dim = 2,048, on an H200; and few heads. `waiting`: with a
@@ -123,7 +123,7 @@ def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole, waiting)
     "head_dim, softcap, causal, longest, longest_deterministic",
     [(96, False, False, 512, 1024), (96, False, True, 1024, 4096), (128, False, False, 512, 1024),
      (128, False, True, 1024, 4096), (256, False, False, 1 << 20, 1 << 20), (256, True, True, 1 << 20, 1 << 20),
-     (64, False, True, 0, 0), (128, True, True, 0, 0)],
+     (128, True, True, 0, 0)],
 )  # fmt: skip
 def test_choice_of_the_second_pass(head_dim, softcap, causal, longest, longest_deterministic):
     """At head_dim 256 always, at 96 and 128 in short sequences, in longer ones where blocks would wait otherwise."""
@@ -132,6 +132,23 @@ def test_choice_of_the_second_pass(head_dim, softcap, causal, longest, longest_d
             problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0 if causal else None}
             tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, deterministic=deterministic)
             assert tile["second_pass"] == (seqlen <= last)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "heads, longest, longest_causal", [(16, 1024, 2048), (64, 256, 512), (66, 256, 512), (67, 0, 0)]
+)
+def test_choice_of_the_second_pass_for_few_heads(head_dim, heads, longest, longest_causal):
+    """Where neither heads nor tiles fill the multiprocessors, with the heads of queries counted."""
+    for right, last, in_any_case in ((None, longest, 512), (0, longest_causal, 1024)):
+        if head_dim > 64:
+            last = max(last, in_any_case)
+        for seqlen in (1, 128, 129, max(last, 1), last + 1, 1 << 20):
+            problem = {"seqlen_q": seqlen, "seqlen_k": 70, "window_right": right, "packed": True}
+            for grouped in ({"heads_kv": heads}, {"heads_kv": 1, "group": heads}):
+                tile = _tilewright.backward_tile(head_dim, head_dim, False, **problem, **grouped)
+                assert tile["second_pass"] == (seqlen <= last)
+                assert not _tilewright.backward_tile(head_dim, head_dim, True, **problem, **grouped)["second_pass"]
 
 
 bounds = st.none() | st.integers(0, 300)

@@ -17,6 +17,9 @@ struct Window {
   int left = kUnbounded;   // keys visible before the query's position
   int right = kUnbounded;  // keys visible after it; 0 is causal
   int sink_tokens = 0;     // the first keys of a sequence, which stay visible on the left of the window
+
+  // Only the right edge cuts keys off: the later a query, the more it sees.
+  TILEWRIGHT_HOST_DEVICE constexpr bool causal(int seqlen_k) const { return right < seqlen_k && left >= seqlen_k; }
 };
 
 // A window laid over one sequence.

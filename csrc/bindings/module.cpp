@@ -61,7 +61,9 @@ pybind11::dict backward_tile(int head_dim, int head_dim_v, bool softcap, int seq
                                             seqlen_k,
                                             window_left.value_or(unbounded.left),
                                             window_right.value_or(unbounded.right),
-                                            deterministic};
+                                            deterministic,
+                                            heads_kv * group,
+                                            multiprocessors};
   const int index = tilewright::select_backward_tile(problem);
   if (index < 0) throw pybind11::value_error("head_dim and head_dim_v must be at most 256");
   const tilewright::BackwardTile& tile = tilewright::kBackwardTiles[index];

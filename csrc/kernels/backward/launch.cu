@@ -60,12 +60,17 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   const int64_t needed = (blocks * 3 / 2 + shape.key_tiles) / std::max<int64_t>(shape.key_tiles, 1);
   int64_t heads = shape.uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
   if (shape.turns) {
-    heads = shape.uneven ? std::min(fitting * 3 / 2 + blocks * 3 / 16, blocks / 2) : std::max(fitting, few / 2);
+    const int64_t most = shape.uneven
+                             ? std::min(fitting * 3 / 2 + std::max(blocks / 5, blocks * 26 / p.head_dim), blocks / 2)
+                             : std::max(fitting, blocks / 11);
+    // Groups of one size, nearly: few heads left over would wait longest.
+    const int64_t groups = std::max<int64_t>((shape.heads_kv + most - 1) / most, 1);
+    heads = (shape.heads_kv + groups - 1) / groups;
   }
   shape.head_group = shape.whole_heads ? 1 : std::max<int64_t>(std::min(heads, shape.heads_kv), 1);
   shape.head_groups = (shape.heads_kv + shape.head_group - 1) / shape.head_group;
-  // Zeros come so early that nobody waits for them. With turns, or where the additions set the pace anyway, they cost
-  // less before the main kernel; and there they are for a packed batch.
+  // Zeros come so early that nobody waits for them. Where the additions set the pace anyway, they cost less before the
+  // main kernel; and there they are for a packed batch. With turns there are none.
   const bool before = shape.turns || shape.packed || (shape.uneven && shape.tile.add_dq == AddDq::kRegisters);
   const int64_t tiles = std::max<int64_t>(shape.head_group * shape.key_tiles, 1);
   shape.ahead = before ? shape.head_groups : 1 + (blocks * 3 / 2 + tiles - 1) / tiles;
@@ -75,9 +80,20 @@ void choose_order(const BackwardParams& p, Shape& shape) {
 cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.packed = p.cu_seqlens_q != nullptr;
   const int sequences = shape.packed ? std::max(p.batch, 1) : 1;
-  const BackwardProblem problem{
-      p.head_dim,    p.head_dim_v,   p.softcap > 0,  ceil_div(p.seqlen_q, sequences), ceil_div(p.seqlen_k, sequences),
-      p.window.left, p.window.right, p.deterministic};
+  const int64_t heads = int64_t{p.heads_q} * (shape.packed ? sequences : p.batch);
+  int blocks = 0;
+  const cudaError_t status = multiprocessors(blocks);
+  if (status != cudaSuccess) return status;
+  const BackwardProblem problem{p.head_dim,
+                                p.head_dim_v,
+                                p.softcap > 0,
+                                ceil_div(p.seqlen_q, sequences),
+                                ceil_div(p.seqlen_k, sequences),
+                                p.window.left,
+                                p.window.right,
+                                p.deterministic,
+                                heads,
+                                blocks};
   shape.index = select_backward_tile(problem);
   if (shape.index < 0) return cudaErrorInvalidValue;
   shape.tile = kBackwardTiles[shape.index];
@@ -90,16 +106,14 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.heads_kv = int64_t{p.heads_kv} * batch;
   if (shape.row_tiles > INT32_MAX || shape.key_tiles * shape.heads_kv > INT32_MAX) return cudaErrorInvalidValue;
   shape.uneven = shape.packed || !problem.full();
-  int blocks = 0;
-  const cudaError_t status = multiprocessors(blocks);
   shape.heads = {
       shape.packed, p.deterministic && shape.uneven, shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k,
       blocks};
-  shape.whole_heads = status == cudaSuccess && takes_whole_heads(shape.tile, shape.heads);
+  shape.whole_heads = takes_whole_heads(shape.tile, shape.heads);
   shape.second_pass = shape.tile.add_dq == AddDq::kSecondPass;
   shape.turns = p.deterministic && !shape.whole_heads && !shape.second_pass;
   choose_order(p, shape);
-  return status;
+  return cudaSuccess;
 }
 
 // Of queries; packed: at most, of all parts.
@@ -189,12 +203,11 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
 
 void set_second_pass(SecondPassParams& second, const BackwardParams& p, const Shape& shape, const KernelParams& first,
                      const Workspace& w) {
-  const bool causal = p.window.right < p.seqlen_k && p.window.left >= p.seqlen_k;
   second.first = first;
   second.dq = p.dq;
   second.dq_stride = p.dq_stride;
-  second.order = TileOrder::of_queries(p.heads_q * (shape.packed ? 1 : p.batch), first.group, causal,
-                                       shape.packed ? std::max(p.batch, 1) : 1,
+  second.order = TileOrder::of_queries(p.heads_q * (shape.packed ? 1 : p.batch), first.group,
+                                       p.window.causal(p.seqlen_k), shape.packed ? std::max(p.batch, 1) : 1,
                                        int64_t{p.seqlen_k} * (p.head_dim + p.head_dim_v) * 2);
   second.tiles = static_cast<int>(second_tiles_of_head(p, shape));
   second.next_tile = w.next_tile + 1;
@@ -247,7 +260,7 @@ RowParams row_params(const BackwardParams& p, const Shape& shape, const KernelPa
   rows.lse2 = w.lse2;
   rows.delta = w.delta;
   rows.dq_sum = w.dq_sum;
-  if (!shape.whole_heads && !shape.second_pass) {
+  if (!shape.whole_heads && !shape.second_pass && !shape.turns) {
     const int64_t heads = std::min(shape.ahead * shape.head_group, shape.heads_kv);
     rows.zero_tiles = static_cast<int>(heads * shape.heads.group * shape.head_tiles);
   }
@@ -318,7 +331,7 @@ cudaError_t backward_sm90(const BackwardParams& params, void* workspace, cudaStr
     backward::prepare_packed<<<1, kPrepareThreads, 0, stream>>>(
         {params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q, params.seqlen_k, shape.tile.tile_m,
          shape.tile.tile_n, params.window, w.first_row_q, w.first_row_k, w.first_tile, w.num_packed, w.tiles,
-         kSecondTileM, kSecondTileN, w.second_tiles});
+         w.second_tiles});
     status = cudaGetLastError();
   }
   if (status != cudaSuccess) return status;

@@ -15,14 +15,12 @@ struct PrepareParams {
   int tile_m;
   int tile_n;
   Window window;
-  int* first_row_q;       // (sequences + 1,): see PackedParts
-  int* first_row_k;       // (sequences + 1,)
-  int* first_tile;        // scratch (sequences + 3,)
-  int* num_packed;        // of the two lists
-  PackedPairTile* tiles;  // of keys: (max_packed_tiles,)
-  int second_tile_m;      // of the second pass, if there is one
-  int second_tile_n;
-  PackedPairTile* second_tiles;  // of queries: (max_packed_tiles,), or null
+  int* first_row_q;              // (sequences + 1,): see PackedParts
+  int* first_row_k;              // (sequences + 1,)
+  int* first_tile;               // scratch (sequences + 3,)
+  int* num_packed;               // of the two lists
+  PackedPairTile* tiles;         // of keys: (max_packed_tiles,)
+  PackedPairTile* second_tiles;  // of queries, of the second pass: (max_packed_tiles,), or null
 };
 
 __device__ inline PackedPairTile packed_pair_tile(const PrepareParams& p, int part, bool of_keys, int first_row) {
@@ -54,10 +52,10 @@ __device__ inline PackedPairTile packed_key_tile(const PrepareParams& p, int ind
 // `length`: how many blocks of keys it visits.
 __device__ inline PackedPairTile packed_query_tile(const PrepareParams& p, int index, int& length) {
   const int part = part_of_tile(p.first_tile, p.sequences + 2, index);
-  const PackedPairTile tile = packed_pair_tile(p, part, false, (index - p.first_tile[part]) * p.second_tile_m);
-  const int last_query = min_of(tile.first_row + p.second_tile_m, tile.seqlen_q) - 1;
+  const PackedPairTile tile = packed_pair_tile(p, part, false, (index - p.first_tile[part]) * kSecondTileM);
+  const int last_query = min_of(tile.first_row + kSecondTileM, tile.seqlen_q) - 1;
   const VisibleKeys visible(p.window, tile.seqlen_q, tile.seqlen_k);
-  length = BlockRange::of(visible, tile.first_row, last_query, p.second_tile_n).count();
+  length = BlockRange::of(visible, tile.first_row, last_query, kSecondTileN).count();
   return tile;
 }
 
@@ -72,10 +70,10 @@ inline __global__ void __launch_bounds__(kPrepareThreads) prepare_packed(const P
   sort_tiles<true>(p.tiles, tiles, p.total_q / p.tile_m + 1, key_tile, shared);
   if (!p.second_tiles) return;
   __syncthreads();
-  const int second = count_tiles({p.first_row_q, p.sequences, p.total_q}, p.second_tile_m, p.first_tile, shared);
+  const int second = count_tiles({p.first_row_q, p.sequences, p.total_q}, kSecondTileM, p.first_tile, shared);
   if (threadIdx.x == 0) p.num_packed[1] = second;
   const auto query_tile = [&](int index, int& length) { return packed_query_tile(p, index, length); };
-  sort_tiles<false>(p.second_tiles, second, p.total_k / p.second_tile_n + 1, query_tile, shared);
+  sort_tiles<false>(p.second_tiles, second, p.total_k / kSecondTileN + 1, query_tile, shared);
 }
 
 }  // namespace tilewright::backward

@@ -156,7 +156,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
   }
 }
 
-// dQ = scale × its sums, in rows and 16 bits; 0 in rows of no sequence. A block a tile.
+// dQ = scale × its sums, in rows and 16 bits; 0 in rows of no sequence, and where turns say that nothing has been added
+// up. A block a tile.
 template <class Element, int kHeadDim, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_constant__ RowParams p) {
   // A row is 16 bytes longer than it need be: two rows below lie 8 banks further.
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
     return static_cast<Element*>(p.dq) + tile.batch * p.dq_stride.batch +
            int64_t{tile.first_row + row} * p.dq_stride.row + tile.head * p.dq_stride.head;
   };
-  if (!tile.in_sequence) {
+  if (!tile.in_sequence || (p.turns && p.turns[tile.number] == 0)) {
     for (int i = threadIdx.x; i < tile.rows * kPieces; i += kRowThreads) {
       const int column = i % kPieces * 8;
       if (column < p.head_dim) *reinterpret_cast<uint4*>(row_of(i / kPieces) + column) = make_uint4(0, 0, 0, 0);

@@ -31,11 +31,12 @@ struct BackwardTile {
 
 // One row for each instance in CMakeLists.txt.
 constexpr BackwardTile kBackwardTiles[] = {
-    {64, 64, false, 128, 128, 2, 2, AddDq::kBulk},        {96, 96, false, 80, 128, 2, 1, AddDq::kBulk},
-    {96, 96, false, 64, 128, 3, 2, AddDq::kSecondPass},   {128, 128, false, 80, 128, 2, 1, AddDq::kBulk},
-    {128, 128, false, 64, 128, 3, 2, AddDq::kSecondPass}, {128, 128, true, 64, 128, 2, 2, AddDq::kBulk},
-    {192, 128, false, 64, 128, 2, 1, AddDq::kRegisters},  {192, 128, true, 48, 128, 2, 1, AddDq::kRegisters},
-    {256, 256, false, 64, 64, 2, 1, AddDq::kSecondPass},  {256, 256, true, 64, 64, 2, 1, AddDq::kSecondPass},
+    {64, 64, false, 128, 128, 2, 2, AddDq::kBulk},      {64, 64, false, 64, 128, 4, 2, AddDq::kSecondPass},
+    {96, 96, false, 80, 128, 2, 1, AddDq::kBulk},       {96, 96, false, 64, 128, 3, 2, AddDq::kSecondPass},
+    {128, 128, false, 80, 128, 2, 1, AddDq::kBulk},     {128, 128, false, 64, 128, 3, 2, AddDq::kSecondPass},
+    {128, 128, true, 64, 128, 2, 2, AddDq::kBulk},      {192, 128, false, 64, 128, 2, 1, AddDq::kRegisters},
+    {192, 128, true, 48, 128, 2, 1, AddDq::kRegisters}, {256, 256, false, 64, 64, 2, 1, AddDq::kSecondPass},
+    {256, 256, true, 64, 64, 2, 1, AddDq::kSecondPass},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
@@ -61,17 +62,22 @@ struct BackwardProblem {
   int left;   // of the window; a bound at seqlen_k or beyond is none
   int right;  // 0 is causal
   bool deterministic;
+  int64_t heads;  // of queries, times batch
+  int multiprocessors;
 
   // Every query sees every key.
   constexpr bool full() const { return left >= seqlen_k && right >= seqlen_k; }
 };
 
-// The queries a step takes where there is a choice: 64, and a second pass, which costs more products and nothing around
-// them; or 80, and additions, for which blocks would wait where their order is fixed.
-constexpr int select_backward_tile_m(const BackwardProblem& problem) {
+// Whether dQ has a second pass, where there is a choice: it costs more products, and nothing around them; additions
+// wait for each other where their order is fixed. It is worth it where neither heads nor tiles fill the
+// multiprocessors, and above head_dim 64 in short sequences.
+constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) {
+  const int length = max_of(problem.seqlen_q, problem.seqlen_k);
+  const int64_t tiles = problem.heads * ceil_div(length, 128) * (problem.full() ? 2 : 1);
+  if (2 * problem.heads <= problem.multiprocessors && tiles <= 2 * problem.multiprocessors) return true;
   const int longest_free = problem.full() ? 512 : 1024, longest_fixed = problem.full() ? 1024 : 4096;
-  const int longest = problem.deterministic ? longest_fixed : longest_free;
-  return max_of(problem.seqlen_q, problem.seqlen_k) <= longest ? 64 : 80;
+  return head_dim > 64 && length <= (problem.deterministic ? longest_fixed : longest_free);
 }
 
 // The index in kBackwardTiles of the tile for a problem, -1 if none holds it: of the smallest head dimensions that do.
@@ -80,9 +86,13 @@ constexpr int select_backward_tile(const BackwardProblem& problem) {
     const BackwardTile& tile = kBackwardTiles[i];
     if (problem.head_dim > tile.head_dim || problem.head_dim_v > tile.head_dim_v) continue;
     if (problem.softcap != tile.softcap) continue;
-    const int wanted =
-        backward_tile_index(tile.head_dim, tile.head_dim_v, tile.softcap, select_backward_tile_m(problem));
-    return wanted < 0 ? i : wanted;
+    const bool second_pass = select_second_pass(problem, tile.head_dim);
+    for (int j = i; j < kNumBackwardTiles; ++j) {
+      const BackwardTile& other = kBackwardTiles[j];
+      const bool same = other.head_dim == tile.head_dim && other.head_dim_v == tile.head_dim_v;
+      if (same && other.softcap == tile.softcap && (other.add_dq == AddDq::kSecondPass) == second_pass) return j;
+    }
+    return i;  // no choice
   }
   return -1;
 }

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
       ptx::tma_prefetch_map(&p.dk);
       ptx::tma_prefetch_map(&p.dv);
     }
-    shared.init_barriers(p.turns, !p.dq && !C::kSecondPass);
+    shared.init_barriers(C::kSecondPass || p.dq ? 0 : p.turns ? 3 : 1);
   }
   // Up to here nothing that another kernel may still write has been read: it overlaps the end of the kernel before. A
   // second pass may start as soon as all blocks know that what both read is there.
@@ -66,10 +66,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
       Producer<C>{p, shared}.run();
     } else if constexpr (!C::kSecondPass) {
       if (p.turns && threadIdx.x == 32) {
-        TurnKeeper<C>{p, shared}.announce();
+        TurnAnnouncer<C>{{p, shared}}.run();
       } else if (p.turns && threadIdx.x == 64) {
-        TurnKeeper<C>{p, shared}.count();
-      } else if (!p.dq && threadIdx.x == 96) {
+        TurnAdder<C>{{p, shared}}.run();
+      } else if (p.turns && threadIdx.x == 96) {
+        TurnCounter<C>{{p, shared}}.run();
+      } else if (!p.turns && !p.dq && threadIdx.x == 96) {
         ZeroWriter<C>{p, shared}.run();
       }
     }

@@ -95,9 +95,9 @@ struct SharedStorage {
   uint64_t p_full[C::kSharedP], p_empty[C::kSharedP];
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
   uint64_t turn_full[kTurnSlots], added[kTurnSlots], counted[kTurnSlots];  // see turns.cuh
+  uint64_t staged[C::kWarpgroups], unstaged[C::kWarpgroups];
   TileWork tile[C::kTileSlots];
   StepWork step[C::kStepSlots];
-  uint32_t pending[C::kWarps];  // see end_pending_turn
   alignas(128) float4 zeros[C::kSecondPass ? 1 : kZeros];
 
   // Of a step. Wide: dO of a step is done with half a step before Q, and needed half a step after it. So Q goes where
@@ -117,8 +117,9 @@ struct SharedStorage {
     }
   }
 
-  // By one thread. What a ring's consumers release, every warp of theirs does.
-  __device__ __forceinline__ void init_barriers(bool in_turns, bool with_zeros) {
+  // By one thread. What a ring's consumers release, every warp of theirs does. `helpers` threads beside the producer
+  // follow its tiles, too.
+  __device__ __forceinline__ void init_barriers(int helpers) {
     constexpr int kOneOrAll = C::kWide ? C::kWarps / 2 : C::kWarps;
     init_ring(k_full, k_empty, 1, kOneOrAll);
     ptx::mbarrier_init(&v_full, 1);
@@ -127,9 +128,10 @@ struct SharedStorage {
     init_ring(dout_full, dout_empty, 1, C::kWarps);
     init_ring(ds_full, ds_empty, kOneOrAll, C::kWarps);
     init_ring(p_full, p_empty, kOneOrAll, kOneOrAll);
-    init_ring(tile_full, tile_empty, 1, C::kWarps + (in_turns ? 2 : 0) + (with_zeros ? 1 : 0));
-    init_ring(turn_full, added, 1, C::kWarps);
+    init_ring(tile_full, tile_empty, 1, C::kWarps + helpers);
+    init_ring(turn_full, added, 1, 1);
     for (uint64_t& barrier : counted) ptx::mbarrier_init(&barrier, 1);
+    init_ring(staged, unstaged, C::kWarps / C::kWarpgroups, 1);
     ptx::fence_mbarrier_init();
   }
 

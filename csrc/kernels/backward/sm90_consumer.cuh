@@ -212,7 +212,7 @@ struct Consumer : ConsumerRole<C> {
     ptx::fence_proxy_async();
     __syncwarp();
     release(shared.ds_full[(steps - 1) % C::kDsBuffers]);
-    if (C::kBulk && done > 1) add_staged(before, steps - 2);
+    if (C::kBulk && done > 1) add_staged(before);
   }
 
   __device__ __forceinline__ void wait_dS(uint32_t of_step) {
@@ -228,7 +228,7 @@ struct Consumer : ConsumerRole<C> {
     ptx::wgmma_fence();
     dQ.pin();
     issue_share(dQ, last);
-    if (C::kBulk && p.turns) this->end_pending_turn();
+    if constexpr (C::kBulk) this->wait_unstaged(last);
     // Under the product, unless the next tile's K waits for it.
     if constexpr (C::kStagesK > 1) store_dV();
     ptx::wgmma_wait<0>();
@@ -262,12 +262,12 @@ struct Consumer : ConsumerRole<C> {
     if constexpr (C::kSplitUnit) {
       this->add_from_registers(dQ.half, this->part_of_sum(sums, 2), fresh, first_of_half());
     }
-    this->end_turn(of_step);
+    if (p.turns) this->end_turn();
   }
 
   // To shared memory, on its way to its sums: add_staged().
   __device__ __forceinline__ void stage(const ShareOfDq& dQ) {
-    if (p.turns) this->end_pending_turn();
+    this->wait_unstaged(steps - 1);
     free_staging();
     float* to = staging() + thread() % 32 * 4;
 #pragma unroll
@@ -277,13 +277,10 @@ struct Consumer : ConsumerRole<C> {
     }
   }
 
-  __device__ __forceinline__ void add_staged(const StepWork& of, uint32_t of_step) {
-    this->wait_turn(of_step);
-    if (ptx::elect_one()) {
-      if (p.turns) {
-        ptx::fence_proxy_async_global();
-        this->pending() = of_step + 1;
-      }
+  __device__ __forceinline__ void add_staged(const StepWork& of) {
+    if (p.turns) {
+      this->end_turn();
+    } else if (ptx::elect_one()) {
       if (!this->has_part()) return;
       float* to = of.sums + warp_of_all() * Base::kWarpFloats;
       // Each with its own commit: without, the compiler goes through both under predicates, instead of a branch.

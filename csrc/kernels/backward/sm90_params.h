@@ -114,7 +114,7 @@ struct TileWork : Sequences {
   int head_kv;
   int first_tile;   // of queries: the number of tile 0 of the first head of the group
   int first_sum;    // the same in dq_sum
-  int first_fresh;  // whole heads: these tiles of queries and those behind have no part of dQ yet; else behind all
+  int first_fresh;  // these tiles of queries and those behind have no part of dQ yet, and no zeros: whole heads, turns
   uint32_t number;  // tiles announced before
   uint32_t loaded;  // tiles of K and V loaded before
   int index;        // in the order

@@ -83,6 +83,7 @@ struct Producer {
     work.walk = p.turns ? QueryWalk::downwards(range) : QueryWalk::upwards(range, work.first_key / C::kTileN);
     work.first_sum = work.first_tile;
     work.first_fresh = range.end;
+    if (p.turns) work.first_fresh = first_fresh(work, range);
   }
   // Whole heads: after a tile of keys comes the next of its head, after the last the first of the block's next head.
   // The tiles walk the queries upwards and downwards in turn: what one has read and added to last is still in the L2
@@ -91,12 +92,15 @@ struct Producer {
     const QueryRange range =
         QueryRange::of(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileN, C::kTileM);
     work.walk = work.first_key / C::kTileN % 2 ? QueryWalk::downwards(range) : QueryWalk::upwards(range, 0);
-    work.first_fresh = range.first_fresh(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileM);
+    work.first_fresh = first_fresh(work, range);
     forget_values();
     unsigned block;  // not from blockIdx: the compiler would keep it all the time
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     work.first_sum = static_cast<int>(block) * p.group * p.head_tiles;
     if (work.first_key + C::kTileN >= work.seqlen_k) work.next += (blocks() - 1) * p.tiles;
+  }
+  __device__ __forceinline__ int first_fresh(const TileWork& work, const QueryRange& range) const {
+    return range.first_fresh(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileM);
   }
   __device__ __forceinline__ static int blocks() {
     unsigned count;

@@ -54,10 +54,7 @@ struct ConsumerRole {
   // from the steps stays in uniform registers.
   __device__ __forceinline__ int count() const { return __shfl_sync(~0u, p.group * work().walk.count, 0); }
 
-  __device__ __forceinline__ void first_tile() {
-    if (p.turns && ptx::elect_one()) pending() = 0;
-    wait_tile(0);
-  }
+  __device__ __forceinline__ void first_tile() { wait_tile(0); }
   __device__ __forceinline__ void next_tile() {
     const uint32_t number = work().number;
     __syncwarp();
@@ -141,23 +138,20 @@ struct ConsumerRole {
 
   // --- turns.cuh ----------------------------------------------------------------------------------------------------
 
+  // Until what this warpgroup staged, or added from its registers, in the step before is done with.
+  __device__ __forceinline__ void wait_unstaged(uint32_t of_step) {
+    if (p.turns) ptx::mbarrier_wait(&shared.unstaged[warpgroup], (of_step + 1) % 2);
+  }
+  // To add from registers.
   __device__ __forceinline__ void wait_turn(uint32_t of_step) {
-    if (p.turns) ptx::mbarrier_wait(&shared.turn_full[of_step % kTurnSlots], of_step / kTurnSlots % 2);
-  }
-  // All of this warp's additions of a step are done.
-  __device__ __forceinline__ void end_turn(uint32_t of_step) {
     if (!p.turns) return;
-    __syncwarp();
-    release(shared.added[of_step % kTurnSlots]);
+    if constexpr (!C::kBulk) wait_unstaged(of_step);
+    ptx::mbarrier_wait(&shared.turn_full[of_step % kTurnSlots], of_step / kTurnSlots % 2);
   }
-  // 1 + the step whose addition by a bulk copy the elected lane has left pending, or 0.
-  __device__ __forceinline__ uint32_t& pending() { return shared.pending[warp_of_all()]; }
-  __device__ __forceinline__ void end_pending_turn() {
+  // This warp's part of a step is staged, or its additions are done.
+  __device__ __forceinline__ void end_turn() {
     __syncwarp();
-    if (!ptx::elect_one() || pending() == 0) return;
-    ptx::bulk_wait_group();
-    ptx::mbarrier_arrive(&shared.added[(pending() - 1) % kTurnSlots]);
-    pending() = 0;
+    release(shared.staged[warpgroup]);
   }
 
   // --- epilogue -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #include "ptx/load.h"
 #include "ptx/mbarrier.h"
 #include "ptx/reduce.h"
+#include "ptx/tma.h"
 
 namespace tilewright::backward {
 
@@ -12,55 +13,42 @@ namespace tilewright::backward {
 //
 // Each tile of dQ has a counter: how many tiles of keys have added to it. Tile n of the keys adds when the counter says
 // that all the tiles before it have which visit these queries (key_tiles_before), and counts itself. So a sum has its
-// terms in the order of the keys.
+// terms in the order of the keys. The first tile stores instead (QueryRange::first_fresh): no zeros are needed, except
+// in dQ where the counter stays 0.
 //
-// Two warps beside the producer keep the counters, a thread each, so that no consumer waits for global memory: one sees
-// that a step's turn has come (turn_full), the other waits until every consumer warp has done its share of the step's
-// addition (added), counts it, and says so to the first (counted), which is never more than kTurnSlots steps ahead.
+// Three warps beside the producer do that, a thread each, so that no consumer waits for global memory:
 //
-// No race: a consumer adds after turn_full, which the keeper completes after it has seen the counter (acquire), and
-// arrives at `added` when its additions are done; the other keeper counts (release) after that.
+//     announcer   waits until a step's turn has come; turn_full
+//     adder       waits for that and for what each warpgroup has staged of the step's dQ, and lets the copy engine add
+//                 it; unstaged, when a warpgroup's place is free again; added
+//     counter     counts the step; counted, which the announcer waits for, kTurnSlots steps later
+//
+// Where the consumers add from their registers, as they do with the last step of a tile of keys, they wait for
+// turn_full themselves, and what they stage is the word that they have added.
+//
+// No race: an addition comes after the announcer has read the counter (acquire), and is counted (release) when it is
+// done.
 //
 // No deadlock: blocks take tiles from a counter, in an order in which for each head n grows, and work them off in that
 // order. Suppose some tiles never end. Take the first of them: its block has ended the tiles it took before, and is at
-// work on it. It waits only for tiles before it, which have all ended, and were counted: a warp leaves nothing pending
-// at the end of a tile. So it ends. That needs no two blocks on the GPU at the same time.
+// work on it. It waits only for tiles before it, which have all ended, and were counted. So it ends. That needs no two
+// blocks on the GPU at the same time.
+//
+// No barrier two phases ahead of who waits for it: a warp stages a step only when it has seen the one before unstaged,
+// and that comes only when all warps of its warpgroup have staged it; and nobody is kTurnSlots steps behind the
+// announcer.
 //
 // No queue: every tile walks its queries from the last it sees to the first. When tile n comes to a tile of queries,
-// n - 1 was there a step before (blocks that start together draw apart, once).
+// n - 1 was there a few steps before (blocks that start together draw apart, once).
 template <class C>
-__device__ __forceinline__ int turn_of(const KernelParams& p, const TileWork& work, int tile) {
-  const int first_query = (tile - work.first_tile) % p.head_tiles * C::kTileM;
-  const int last_query = min_of(first_query + C::kTileM, work.seqlen_q) - 1;
-  return key_tiles_before(VisibleKeys(p.window, work.seqlen_q, work.seqlen_k), first_query, last_query,
-                          work.first_key / C::kTileN, C::kTileN);
-}
-
-template <class C>
-struct TurnKeeper {
+struct TurnRole {
   const KernelParams& p;
   SharedStorage<C>& shared;
   uint32_t step = 0;
 
-  __device__ __forceinline__ void announce() {
-    walk([&](const TileWork& work, int tile) {
-      ptx::mbarrier_wait(&shared.counted[step % kTurnSlots], (step / kTurnSlots + 1) % 2);
-      const int turn = turn_of<C>(p, work, tile);
-      while (ptx::load_acquire(p.turns + tile) != turn) {
-      }
-      ptx::mbarrier_arrive(&shared.turn_full[step % kTurnSlots]);
-    });
-  }
-  __device__ __forceinline__ void count() {
-    walk([&](const TileWork&, int tile) {
-      ptx::mbarrier_wait(&shared.added[step % kTurnSlots], step / kTurnSlots % 2);
-      ptx::reduce_add_release(p.turns + tile, 1);
-      ptx::mbarrier_arrive(&shared.counted[step % kTurnSlots]);
-    });
-  }
-
- private:
-  // The steps of the consumers.
+ protected:
+  // The steps of the consumers: visit(work, i, first_tile, last), tile i of the walk of a head whose tiles of dQ begin
+  // with first_tile.
   template <class Visit>
   __device__ __forceinline__ void walk(const Visit& visit) {
     for (uint32_t number = 0;; ++number) {
@@ -69,12 +57,103 @@ struct TurnKeeper {
       const TileWork& work = shared.tile[slot];
       if (work.last) return;
       for (int head = 0; head < p.group; ++head) {
+        const bool last_head = head + 1 == p.group;
         for (int i = 0; i < work.walk.count; ++i, ++step) {
-          visit(work, work.first_tile + head * p.head_tiles + work.walk.tile_at(i));
+          visit(work, i, work.first_tile + head * p.head_tiles, last_head && i + 1 == work.walk.count);
         }
       }
       ptx::mbarrier_arrive(&shared.tile_empty[slot]);
     }
+  }
+  __device__ __forceinline__ int slot() const { return step % kTurnSlots; }
+  __device__ __forceinline__ uint32_t parity() const { return step / kTurnSlots % 2; }
+};
+
+template <class C>
+struct TurnAnnouncer : TurnRole<C> {
+  using Base = TurnRole<C>;
+  using Base::p, Base::shared, Base::slot, Base::parity;
+
+  __device__ __forceinline__ void run() {
+    this->walk([&](const TileWork& work, int i, int first_tile, bool) {
+      ptx::mbarrier_wait(&shared.counted[slot()], parity() ^ 1);
+      const int tile = work.walk.tile_at(i), turn = turn_of(work, tile);
+      while (ptx::load_acquire(p.turns + first_tile + tile) != turn) {
+      }
+      ptx::fence_proxy_async_global();
+      ptx::mbarrier_arrive(&shared.turn_full[slot()]);
+    });
+  }
+
+ private:
+  __device__ __forceinline__ int turn_of(const TileWork& work, int tile) const {
+    const int first_query = tile * C::kTileM;
+    const int last_query = min_of(first_query + C::kTileM, work.seqlen_q) - 1;
+    return key_tiles_before(VisibleKeys(p.window, work.seqlen_q, work.seqlen_k), first_query, last_query,
+                            work.first_key / C::kTileN, C::kTileN);
+  }
+};
+
+template <class C>
+struct TurnAdder : TurnRole<C> {
+  using Base = TurnRole<C>;
+  using Base::p, Base::shared, Base::slot, Base::parity, Base::step;
+
+  __device__ __forceinline__ void run() {
+    this->walk([&](const TileWork& work, int i, int first_tile, bool last) {
+      if (!C::kBulk || last) {
+        for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
+          ptx::mbarrier_wait(&shared.staged[warpgroup], step % 2);
+          ptx::mbarrier_arrive(&shared.unstaged[warpgroup]);
+        }
+      } else {
+        ptx::mbarrier_wait(&shared.turn_full[slot()], parity());
+        const int tile = work.walk.tile_at(i);
+        float* const sums = p.dq_sum + int64_t{first_tile + tile} * kFloats;
+        const bool fresh = tile >= work.first_fresh;
+        for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) add(sums, warpgroup, fresh);
+        wait_read<C::kWarpgroups - 1>();
+        ptx::bulk_wait_group();
+      }
+      ptx::mbarrier_arrive(&shared.added[slot()]);
+    });
+  }
+
+ private:
+  static constexpr int kFloats = C::kTileM * C::kHeadDim;
+
+  // A warpgroup's unit of dQ, which may be cut off.
+  __device__ __forceinline__ void add(float* sums, int warpgroup, bool fresh) {
+    const int begin = warpgroup * C::kUnitFloats;
+    const uint32_t bytes = min_of(C::kUnitFloats, kFloats - begin) * sizeof(float);
+    const float* from = shared.on_its_way.data + begin;
+    ptx::mbarrier_wait(&shared.staged[warpgroup], step % 2);
+    if (fresh) {
+      ptx::bulk_store(sums + begin, from, bytes);
+    } else {
+      ptx::bulk_reduce_add(sums + begin, from, bytes);
+    }
+    ptx::bulk_commit_group();
+  }
+  template <int kPending>
+  __device__ __forceinline__ void wait_read() {
+    ptx::bulk_wait_group_read<kPending>();
+    ptx::mbarrier_arrive(&shared.unstaged[C::kWarpgroups - 1 - kPending]);
+    if constexpr (kPending > 0) wait_read<kPending - 1>();
+  }
+};
+
+template <class C>
+struct TurnCounter : TurnRole<C> {
+  using Base = TurnRole<C>;
+  using Base::p, Base::shared, Base::slot, Base::parity;
+
+  __device__ __forceinline__ void run() {
+    this->walk([&](const TileWork& work, int i, int first_tile, bool) {
+      ptx::mbarrier_wait(&shared.added[slot()], parity());
+      ptx::reduce_add_release(p.turns + first_tile + work.walk.tile_at(i), 1);
+      ptx::mbarrier_arrive(&shared.counted[slot()]);
+    });
   }
 };
 

@@ -93,9 +93,8 @@ KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
   kernel.to_log2 = static_cast<float>((p.softcap > 0 ? p.softcap : scale) * kLog2e);
   kernel.tiles = ceil_div(p.seqlen_q, tile.tile_m);
 
-  const bool causal = p.window.right < p.seqlen_k && p.window.left >= p.seqlen_k;
-  kernel.order = TileOrder::of_queries(p.heads_q * (p.cu_seqlens_q ? 1 : p.batch), p.heads_q / p.heads_kv, causal,
-                                       p.cu_seqlens_q ? std::max(p.batch, 1) : 1,
+  kernel.order = TileOrder::of_queries(p.heads_q * (p.cu_seqlens_q ? 1 : p.batch), p.heads_q / p.heads_kv,
+                                       p.window.causal(p.seqlen_k), p.cu_seqlens_q ? std::max(p.batch, 1) : 1,
                                        int64_t{p.seqlen_k} * (p.head_dim + p.head_dim_v) * 2);
   return kernel;
 }
