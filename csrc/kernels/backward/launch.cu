@@ -60,9 +60,9 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   const int64_t needed = (blocks * 3 / 2 + shape.key_tiles) / std::max<int64_t>(shape.key_tiles, 1);
   int64_t heads = shape.uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
   if (shape.turns) {
-    const int64_t most = shape.uneven
-                             ? std::min(fitting * 3 / 2 + std::max(blocks / 5, blocks * 26 / p.head_dim), blocks / 2)
-                             : std::max(fitting, blocks / 11);
+    const int64_t uneven = std::min(fitting * 3 / 2 + std::max(blocks / 5, blocks * 26 / p.head_dim), blocks / 2);
+    const int64_t even = std::clamp(fitting * 3 / 2, blocks / 11, blocks / 4);
+    const int64_t most = std::max<int64_t>(shape.uneven ? uneven : even, 1);
     // Groups of one size, nearly: few heads left over would wait longest.
     const int64_t groups = std::max<int64_t>((shape.heads_kv + most - 1) / most, 1);
     heads = (shape.heads_kv + groups - 1) / groups;
