@@ -56,11 +56,9 @@ __device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, const void*
 
 __device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until all but the last kPending of this thread's groups of bulk stores and additions have read their shared
-// memory, which may then be written again.
-template <int kPending = 0>
+// Waits until this thread's bulk stores and additions have read their shared memory, which may then be written again.
 __device__ __forceinline__ void bulk_wait_group_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // Waits until at most kPending of this thread's groups of bulk stores and additions, the last, are not done: whatever

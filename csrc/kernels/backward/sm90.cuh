@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
       if (p.turns && threadIdx.x == 32) {
         TurnAnnouncer<C>{{p, shared}}.run();
       } else if (p.turns && threadIdx.x == 64) {
-        TurnAdder<C>{{p, shared}}.run();
+        TurnAdder<C, 0>{{p, shared}}.run();
       } else if (p.turns && threadIdx.x == 96) {
-        TurnCounter<C>{{p, shared}}.run();
+        TurnAdder<C, 1>{{p, shared}}.run();
       } else if (!p.turns && !p.dq && threadIdx.x == 96) {
         ZeroWriter<C>{p, shared}.run();
       }

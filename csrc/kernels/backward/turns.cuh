@@ -19,9 +19,9 @@ namespace tilewright::backward {
 // Three warps beside the producer do that, a thread each, so that no consumer waits for global memory:
 //
 //     announcer   waits until a step's turn has come; turn_full
-//     adder       waits for that and for what each warpgroup has staged of the step's dQ, and lets the copy engine add
-//                 it; unstaged, when a warpgroup's place is free again; added
-//     counter     counts the step; counted, which the announcer waits for, kTurnSlots steps later
+//     adders      one for each warpgroup: waits for that and for what its warpgroup has staged of the step's dQ, and
+//                 lets the copy engine add it; unstaged, when the place is free again; added. The last adder waits for
+//                 the others and counts the step; counted, which the announcer waits for, kTurnSlots steps later
 //
 // Where the consumers add from their registers, as they do with the last step of a tile of keys, they wait for
 // turn_full themselves, and what they stage is the word that they have added.
@@ -94,66 +94,49 @@ struct TurnAnnouncer : TurnRole<C> {
   }
 };
 
-template <class C>
+template <class C, int kWarpgroup>
 struct TurnAdder : TurnRole<C> {
   using Base = TurnRole<C>;
   using Base::p, Base::shared, Base::slot, Base::parity, Base::step;
 
   __device__ __forceinline__ void run() {
     this->walk([&](const TileWork& work, int i, int first_tile, bool last) {
+      const int tile = work.walk.tile_at(i);
       if (!C::kBulk || last) {
-        for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
-          ptx::mbarrier_wait(&shared.staged[warpgroup], step % 2);
-          ptx::mbarrier_arrive(&shared.unstaged[warpgroup]);
-        }
+        ptx::mbarrier_wait(&shared.staged[kWarpgroup], step % 2);
+        ptx::mbarrier_arrive(&shared.unstaged[kWarpgroup]);
       } else {
         ptx::mbarrier_wait(&shared.turn_full[slot()], parity());
-        const int tile = work.walk.tile_at(i);
-        float* const sums = p.dq_sum + int64_t{first_tile + tile} * kFloats;
-        const bool fresh = tile >= work.first_fresh;
-        for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) add(sums, warpgroup, fresh);
-        wait_read<C::kWarpgroups - 1>();
-        ptx::bulk_wait_group();
+        add(p.dq_sum + int64_t{first_tile + tile} * kFloats, tile >= work.first_fresh);
       }
-      ptx::mbarrier_arrive(&shared.added[slot()]);
+      if constexpr (kWarpgroup + 1 < C::kWarpgroups) {
+        ptx::mbarrier_arrive(&shared.added[slot()]);
+      } else {
+        ptx::mbarrier_wait(&shared.added[slot()], parity());
+        ptx::reduce_add_release(p.turns + first_tile + tile, 1);
+        ptx::mbarrier_arrive(&shared.counted[slot()]);
+      }
     });
   }
 
  private:
   static constexpr int kFloats = C::kTileM * C::kHeadDim;
 
-  // A warpgroup's unit of dQ, which may be cut off.
-  __device__ __forceinline__ void add(float* sums, int warpgroup, bool fresh) {
-    const int begin = warpgroup * C::kUnitFloats;
-    const uint32_t bytes = min_of(C::kUnitFloats, kFloats - begin) * sizeof(float);
-    const float* from = shared.on_its_way.data + begin;
-    ptx::mbarrier_wait(&shared.staged[warpgroup], step % 2);
+  // The warpgroup's unit of dQ, which may be cut off.
+  __device__ __forceinline__ void add(float* sums, bool fresh) {
+    constexpr int kBegin = kWarpgroup * C::kUnitFloats;
+    constexpr uint32_t kBytes = min_of(C::kUnitFloats, kFloats - kBegin) * sizeof(float);
+    const float* from = shared.on_its_way.data + kBegin;
+    ptx::mbarrier_wait(&shared.staged[kWarpgroup], step % 2);
     if (fresh) {
-      ptx::bulk_store(sums + begin, from, bytes);
+      ptx::bulk_store(sums + kBegin, from, kBytes);
     } else {
-      ptx::bulk_reduce_add(sums + begin, from, bytes);
+      ptx::bulk_reduce_add(sums + kBegin, from, kBytes);
     }
     ptx::bulk_commit_group();
-  }
-  template <int kPending>
-  __device__ __forceinline__ void wait_read() {
-    ptx::bulk_wait_group_read<kPending>();
-    ptx::mbarrier_arrive(&shared.unstaged[C::kWarpgroups - 1 - kPending]);
-    if constexpr (kPending > 0) wait_read<kPending - 1>();
-  }
-};
-
-template <class C>
-struct TurnCounter : TurnRole<C> {
-  using Base = TurnRole<C>;
-  using Base::p, Base::shared, Base::slot, Base::parity;
-
-  __device__ __forceinline__ void run() {
-    this->walk([&](const TileWork& work, int i, int first_tile, bool) {
-      ptx::mbarrier_wait(&shared.added[slot()], parity());
-      ptx::reduce_add_release(p.turns + first_tile + work.walk.tile_at(i), 1);
-      ptx::mbarrier_arrive(&shared.counted[slot()]);
-    });
+    ptx::bulk_wait_group_read();
+    ptx::mbarrier_arrive(&shared.unstaged[kWarpgroup]);
+    ptx::bulk_wait_group();
   }
 };
 
