@@ -8,7 +8,7 @@
 namespace tilewright {
 
 // A tensor of rows × heads × head_dim 16-bit elements, as the copy engine sees it: boxes of 64 columns × box_rows rows
-// of one head, swizzled by 128 bytes, in the five dimensions that forward::RowCoordinates addresses.
+// of one head, swizzled by 128 bytes, in the five dimensions that RowCoordinates (tile/row_coordinates.h) addresses.
 struct RowTensor {
   const void* data;
   bool half;  // float16, else bfloat16

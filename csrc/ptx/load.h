@@ -10,6 +10,13 @@ __device__ __forceinline__ int load_acquire(const int* from) {
   return x;
 }
 
+// Two counters, 8-byte aligned, each by itself.
+__device__ __forceinline__ int2 load_acquire(const int2* from) {
+  int2 x;
+  asm volatile("ld.acquire.gpu.global.v2.s32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
+  return x;
+}
+
 // Four float32, 16-byte aligned, from where red and the copy engine put them: not from this multiprocessor's L1 cache.
 __device__ __forceinline__ float4 load_relaxed(const float* from) {
   float4 x;

@@ -2,6 +2,9 @@
 
 #include <cstdint>
 
+#include "ptx/elect.h"
+#include "ptx/mbarrier.h"
+
 namespace tilewright {
 
 // Where a role stands in a ring of stages. A consumer waits for `full` with `parity`, a producer for `empty` with
@@ -18,5 +21,10 @@ struct PipelineState {
     }
   }
 };
+
+// By a warp: one arrival, which comes when the wait of each of its threads is surely over.
+__device__ __forceinline__ void release(uint64_t& empty) {
+  if (ptx::elect_one()) ptx::mbarrier_arrive(&empty);
+}
 
 }  // namespace tilewright

@@ -9,4 +9,11 @@ __device__ __forceinline__ int unhoisted(int x) {
   return x;
 }
 
+// threadIdx.x, read anew for each use.
+__device__ __forceinline__ unsigned unhoisted_thread() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 }  // namespace tilewright

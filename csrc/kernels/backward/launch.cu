@@ -61,7 +61,7 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   int64_t heads = shape.uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
   if (shape.turns) {
     const int64_t uneven = std::min(fitting * 3 / 2 + std::max(blocks / 5, blocks * 26 / p.head_dim), blocks / 2);
-    const int64_t even = std::clamp(fitting * 3 / 2, blocks / 11, blocks / 4);
+    const int64_t even = std::clamp(fitting * 3 / 2, blocks / (p.head_dim > 64 ? 8 : 11), blocks / 4);
     const int64_t most = std::max<int64_t>(shape.uneven ? uneven : even, 1);
     // Groups of one size, nearly: few heads left over would wait longest.
     const int64_t groups = std::max<int64_t>((shape.heads_kv + most - 1) / most, 1);
@@ -125,7 +125,7 @@ struct Workspace {
   float* dq_sum;
   float* lse2;
   float* delta;
-  int* turns;
+  int2* turns;
   int* zero_shares;
   int* next_tile;
   int* num_packed;
@@ -147,7 +147,7 @@ Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape
   const int64_t rows = shape.row_tiles * shape.tile.tile_m;
   if (!shape.second_pass) {
     take(w.dq_sum, shape.whole_heads ? sums_of_whole_heads(shape.tile, shape.heads) : rows * shape.tile.head_dim);
-    take(w.zero_shares, shape.head_groups);
+    if (!shape.turns) take(w.zero_shares, shape.head_groups);
   }
   if (shape.turns) take(w.turns, shape.row_tiles);
   take(w.lse2, rows);

@@ -26,7 +26,7 @@ struct RowParams {
   int zero_tiles;      // of it, that this kernel fills with zeros
   int* zero_shares;    // see Zeros; or null
   int head_groups;     // how many of these counters
-  int* turns;          // see KernelParams
+  int2* turns;         // see KernelParams
   PackedParts parts;   // of a packed q, else null
   int* next_tile;      // two: see KernelParams and SecondPassParams
   int batch;           // sequences; packed: 1
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constan
   if (threadIdx.x == 0) {
     if (tile.number == 0) p.next_tile[0] = p.next_tile[1] = 0;
     if (p.zero_shares && tile.number < p.head_groups) p.zero_shares[tile.number] = 0;
-    if (p.turns) p.turns[tile.number] = 0;
+    if (p.turns) p.turns[tile.number] = make_int2(0, 0);
   }
   const int rows = tile.in_sequence ? tile.rows : 0;
 
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
     return static_cast<Element*>(p.dq) + tile.batch * p.dq_stride.batch +
            int64_t{tile.first_row + row} * p.dq_stride.row + tile.head * p.dq_stride.head;
   };
-  if (!tile.in_sequence || (p.turns && p.turns[tile.number] == 0)) {
+  if (!tile.in_sequence || (p.turns && p.turns[tile.number].x == 0)) {
     for (int i = threadIdx.x; i < tile.rows * kPieces; i += kRowThreads) {
       const int column = i % kPieces * 8;
       if (column < p.head_dim) *reinterpret_cast<uint4*>(row_of(i / kPieces) + column) = make_uint4(0, 0, 0, 0);

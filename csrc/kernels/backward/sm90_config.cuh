@@ -94,7 +94,7 @@ struct SharedStorage {
   uint64_t ds_full[C::kDsBuffers], ds_empty[C::kDsBuffers];
   uint64_t p_full[C::kSharedP], p_empty[C::kSharedP];
   uint64_t tile_full[C::kTileSlots], tile_empty[C::kTileSlots];
-  uint64_t turn_full[kTurnSlots], added[kTurnSlots], counted[kTurnSlots];  // see turns.cuh
+  uint64_t turn_full[C::kWarpgroups][kTurnSlots], counted[kTurnSlots];  // see turns.cuh
   uint64_t staged[C::kWarpgroups], unstaged[C::kWarpgroups];
   TileWork tile[C::kTileSlots];
   StepWork step[C::kStepSlots];
@@ -129,20 +129,22 @@ struct SharedStorage {
     init_ring(ds_full, ds_empty, kOneOrAll, C::kWarps);
     init_ring(p_full, p_empty, kOneOrAll, kOneOrAll);
     init_ring(tile_full, tile_empty, 1, C::kWarps + helpers);
-    init_ring(turn_full, added, 1, 1);
-    for (uint64_t& barrier : counted) ptx::mbarrier_init(&barrier, 1);
+    init_all(counted, C::kWarpgroups);
+    for (auto& of_warpgroup : turn_full) init_all(of_warpgroup, 1);
     init_ring(staged, unstaged, C::kWarps / C::kWarpgroups, 1);
     ptx::fence_mbarrier_init();
   }
 
  private:
   template <int kSlots>
+  __device__ __forceinline__ static void init_all(uint64_t (&barriers)[kSlots], int arrivals) {
+    for (uint64_t& barrier : barriers) ptx::mbarrier_init(&barrier, arrivals);
+  }
+  template <int kSlots>
   __device__ __forceinline__ static void init_ring(uint64_t (&full)[kSlots], uint64_t (&empty)[kSlots], int writers,
                                                    int readers) {
-    for (int i = 0; i < kSlots; ++i) {
-      ptx::mbarrier_init(&full[i], writers);
-      ptx::mbarrier_init(&empty[i], readers);
-    }
+    init_all(full, writers);
+    init_all(empty, readers);
   }
 };
 

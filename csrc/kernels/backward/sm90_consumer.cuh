@@ -23,7 +23,7 @@ struct Consumer : ConsumerRole<C> {
   using ProductDv = ptx::Wgmma<Element, C::kHeadDimV>;
   static constexpr ptx::Major kK = ptx::Major::kK, kMN = ptx::Major::kMN;
   using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::work, Base::stage, Base::parity, Base::stage_k,
-      Base::release, Base::thread, Base::warp_of_all, Base::staging, Base::free_staging;
+      Base::thread, Base::warp_of_all, Base::staging, Base::free_staging;
 
   // dK and dV start with the first product, or from zeros where ptxas runs out of registers otherwise.
   static constexpr bool kFromZeros = !C::kTogether;

@@ -44,8 +44,7 @@ struct FirstPassConsumer : FirstPassRole<C> {
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
   using Operand = typename Base::Operand;
-  using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::work, Base::stage, Base::parity, Base::release,
-      Base::thread;
+  using Base::p, Base::shared, Base::warpgroup, Base::steps, Base::work, Base::stage, Base::parity, Base::thread;
 
   static_assert(!C::kSoftcap);
 

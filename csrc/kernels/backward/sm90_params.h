@@ -6,11 +6,9 @@
 #include "attention/query_range.h"
 #include "attention/scheduler.h"
 #include "kernels/backward/params.h"
-#include "kernels/forward/sm90_params.h"
+#include "tile/row_coordinates.h"
 
 namespace tilewright::backward {
-
-using forward::RowCoordinates;
 
 // dQ of a step comes in units, a product each: 64 columns of Q × all its queries, transposed as everything else. Where
 // it takes fewer reads of shared memory, 64 queries × all columns instead.
@@ -59,7 +57,7 @@ struct KernelParams {
   float* dq_sum;  // null with a second pass, else (tiles, units, 4, columns of a unit / 8, 32, 4): in the order of the
                   // accumulators, see part_of_sum; whole heads: (blocks, tiles of a key head, …), see whole_heads.cuh.
                   // At head_dim 96 the second unit has two parts instead of 4
-  int* turns;     // (tiles,): see turns.cuh; null where the order of dQ's sums is free
+  int2* turns;    // (tiles,): see turns.cuh; null where the order of dQ's sums is free
   void* dq;       // (batch, seqlen_q, heads_q, head_dim) where blocks take whole heads, else null
   void* dk_rows;  // dK, for kernels that store without the copy engine
   void* dv_rows;

@@ -4,6 +4,7 @@
 #include "kernels/backward/zeros.cuh"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
+#include "tile/load_shared.h"
 
 namespace tilewright::backward {
 
@@ -133,16 +134,16 @@ struct Producer {
         }
         if (first && kEarlyK) load_k(work);
         ptx::mbarrier_wait(C::kWide ? &shared.dout_empty[stage] : &shared.q_empty[stage], empty_parity);
-        ptx::mbarrier_arrive_expect(&shared.q_full[stage], shared.q[0].kBytes + kStatBytes);
+        load_shared(shared.q_of(steps), &p.q, &shared.q_full[stage], head_q, work.query(p.packed, tile * C::kTileM),
+                    kStatBytes);
         load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
-        load(shared.q_of(steps), &p.q, &shared.q_full[stage], head_q, work.query(p.packed, tile * C::kTileM));
 
         if (first) load_v(work);
 
         ptx::mbarrier_wait(C::kWide ? &shared.q_empty[stage] : &shared.dout_empty[stage], empty_parity);
-        ptx::mbarrier_arrive_expect(&shared.dout_full[stage], shared.dout[0].kBytes + kStatBytes);
+        load_shared(shared.dout_of(steps), &p.dout, &shared.dout_full[stage], head_q,
+                    work.query(p.packed, tile * C::kTileM), kStatBytes);
         load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
-        load(shared.dout_of(steps), &p.dout, &shared.dout_full[stage], head_q, work.query(p.packed, tile * C::kTileM));
 
         if (first && !kEarlyK) load_k(work);
         ++steps;
@@ -152,27 +153,18 @@ struct Producer {
   static constexpr bool kEarlyK = C::kStagesK > 1 || C::kWide;
   __device__ __forceinline__ void load_v(const TileWork& work) {
     ptx::mbarrier_wait(&shared.v_empty, (work.loaded + 1) % 2);
-    ptx::mbarrier_arrive_expect(&shared.v_full, shared.v.kBytes);
-    load(shared.v, &p.v, &shared.v_full, work.head_kv, work.key(p.packed, work.first_key));
+    load_shared(shared.v, &p.v, &shared.v_full, work.head_kv, work.key(p.packed, work.first_key));
   }
   __device__ __forceinline__ void load_k(const TileWork& work) {
     const int stage = work.loaded % C::kStagesK;
     ptx::mbarrier_wait(&shared.k_empty[stage], (work.loaded / C::kStagesK + 1) % 2);
-    ptx::mbarrier_arrive_expect(&shared.k_full[stage], shared.k[0].kBytes);
-    load(shared.k[stage], &p.k, &shared.k_full[stage], work.head_kv, work.key(p.packed, work.first_key));
+    load_shared(shared.k[stage], &p.k, &shared.k_full[stage], work.head_kv, work.key(p.packed, work.first_key));
   }
 
   static constexpr uint32_t kStatBytes = C::kTileM * sizeof(float);
 
   __device__ __forceinline__ void load_stat(float* to, const float* from, int number, uint64_t* full) {
     ptx::bulk_load(to, from + int64_t{number} * C::kTileM, kStatBytes, full);
-  }
-  template <class Tile>
-  __device__ __forceinline__ void load(Tile& tile, const CUtensorMap* map, uint64_t* full, int head,
-                                       const RowCoordinates& rows) {
-    for (int i = 0; i < Tile::kChunks; ++i) {
-      ptx::tma_load_5d(tile.chunk(i), map, full, i * 64, head, rows.row, rows.outer, rows.wrap);
-    }
   }
 };
 

@@ -9,6 +9,7 @@
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
 #include "tile/fragment.h"
+#include "tile/pipeline.h"
 #include "tile/store_rows.h"
 #include "tile/unhoisted.h"
 
@@ -36,19 +37,13 @@ struct ConsumerRole {
   __device__ __forceinline__ static int thread() { return thread_of_all() % 128; }
   // Of all consumers.
   __device__ __forceinline__ static int thread_of_all() {
-    unsigned x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    const unsigned x = unhoisted_thread();
     __builtin_assume(x >= 128 && x < 512);
     return static_cast<int>(x) - 128;
   }
   __device__ __forceinline__ static int warp_of_all() { return thread_of_all() / 32; }
   // As if the consumers that hold rows of a tile were one: row() of an accumulator is then that of the tile.
   __device__ __forceinline__ static int thread_of_tile() { return C::kWide ? thread() : thread_of_all(); }
-
-  // One arrival a warp: only then is its own wait surely over.
-  __device__ __forceinline__ void release(uint64_t& empty) {
-    if (ptx::elect_one()) ptx::mbarrier_arrive(&empty);
-  }
 
   // All steps of a tile of keys. The shuffle tells the compiler that the number is the same in a warp: what follows
   // from the steps stays in uniform registers.
@@ -146,7 +141,7 @@ struct ConsumerRole {
   __device__ __forceinline__ void wait_turn(uint32_t of_step) {
     if (!p.turns) return;
     if constexpr (!C::kBulk) wait_unstaged(of_step);
-    ptx::mbarrier_wait(&shared.turn_full[of_step % kTurnSlots], of_step / kTurnSlots % 2);
+    ptx::mbarrier_wait(&shared.turn_full[warpgroup][of_step % kTurnSlots], of_step / kTurnSlots % 2);
   }
   // This warp's part of a step is staged, or its additions are done.
   __device__ __forceinline__ void end_turn() {

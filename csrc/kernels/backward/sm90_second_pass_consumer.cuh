@@ -3,12 +3,12 @@
 #include <math_constants.h>
 
 #include "kernels/backward/sm90_second_pass_config.cuh"
-#include "ptx/elect.h"
 #include "ptx/ldmatrix.h"
 #include "ptx/math.h"
 #include "ptx/mbarrier.h"
 #include "ptx/wgmma.h"
 #include "tile/fragment.h"
+#include "tile/pipeline.h"
 #include "tile/store_rows.h"
 #include "tile/unhoisted.h"
 
@@ -32,15 +32,7 @@ struct SecondPassConsumer {
   float lse2[2];  // of the thread's two rows
   float delta[2];
 
-  // Read anew for each use: what is computed from it would otherwise take registers all the time.
-  __device__ __forceinline__ static int thread() {
-    unsigned x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return static_cast<int>(x % 128);
-  }
-  __device__ __forceinline__ void release(uint64_t& empty) {
-    if (ptx::elect_one()) ptx::mbarrier_arrive(&empty);
-  }
+  __device__ __forceinline__ static int thread() { return static_cast<int>(unhoisted_thread() % 128); }
 
   __device__ __forceinline__ void run() {
     for (uint32_t number = 0;; ++number) {

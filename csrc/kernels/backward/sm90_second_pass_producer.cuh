@@ -2,7 +2,7 @@
 
 #include "kernels/backward/sm90_second_pass_config.cuh"
 #include "ptx/mbarrier.h"
-#include "ptx/tma.h"
+#include "tile/load_shared.h"
 
 namespace tilewright::backward {
 
@@ -88,10 +88,10 @@ struct SecondPassProducer {
       const int key = work.range.block_at(step) * C::kTileN;
       const int k = steps % C::kStagesK, v = steps % C::kStagesV;
       ptx::mbarrier_wait(&shared.k_empty[k], (steps / C::kStagesK + 1) % 2);
-      load(shared.k[k], &p.k, &shared.k_full[k], head_kv, work.key(p.packed, key));
+      load_shared(shared.k[k], &p.k, &shared.k_full[k], head_kv, work.key(p.packed, key));
       if (step == 0) load_rows(work);
       ptx::mbarrier_wait(&shared.v_empty[v], (steps / C::kStagesV + 1) % 2);
-      load(shared.v[v], &p.v, &shared.v_full[v], head_kv, work.key(p.packed, key));
+      load_shared(shared.v[v], &p.v, &shared.v_full[v], head_kv, work.key(p.packed, key));
     }
   }
   __device__ __forceinline__ void load_rows(const QueryTileWork& work) {
@@ -99,17 +99,9 @@ struct SecondPassProducer {
     for (int i = 0; i < C::kWarpgroups; ++i) {
       const RowCoordinates rows = work.query(p.packed, work.first_query + C::kRows * i);
       ptx::mbarrier_wait(&shared.q_empty[i], (work.loaded + 1) % 2);
-      load(shared.q[i], &p.first.q, &shared.q_full[i], work.head, rows);
+      load_shared(shared.q[i], &p.first.q, &shared.q_full[i], work.head, rows);
       ptx::mbarrier_wait(&shared.dout_empty[i], (work.loaded + 1) % 2);
-      load(shared.dout[i], &p.first.dout, &shared.dout_full[i], work.head, rows);
-    }
-  }
-  template <class Tile>
-  __device__ __forceinline__ void load(Tile& tile, const CUtensorMap* map, uint64_t* full, int head,
-                                       const RowCoordinates& rows) {
-    ptx::mbarrier_arrive_expect(full, Tile::kBytes);
-    for (int i = 0; i < Tile::kChunks; ++i) {
-      ptx::tma_load_5d(tile.chunk(i), map, full, i * 64, head, rows.row, rows.outer, rows.wrap);
+      load_shared(shared.dout[i], &p.first.dout, &shared.dout_full[i], work.head, rows);
     }
   }
 };

@@ -20,7 +20,7 @@ struct WideConsumer : FirstPassRole<C> {
   using Base = FirstPassRole<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
-  using Base::p, Base::shared, Base::steps, Base::release, Base::thread;
+  using Base::p, Base::shared, Base::steps, Base::thread;
 
   static constexpr int kHeld = C::kHeldColumns / 16;
   OperandA<Element, C::kHeldColumns> held;  // the first columns of the tile's K or V
@@ -62,7 +62,7 @@ struct ProbabilityConsumer : WideConsumer<C> {
   using Base = WideConsumer<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
-  using Base::p, Base::shared, Base::steps, Base::work, Base::stage, Base::parity, Base::release, Base::thread;
+  using Base::p, Base::shared, Base::steps, Base::work, Base::stage, Base::parity, Base::thread;
 
   Accumulator<C::kHeadDimV> dV;
   typename Base::Operand P;
@@ -148,7 +148,7 @@ struct GradientConsumer : WideConsumer<C> {
   using Base = WideConsumer<C>;
   using Element = typename C::Element;
   using Scores = typename Base::Scores;
-  using Base::p, Base::shared, Base::steps, Base::work, Base::stage, Base::parity, Base::release, Base::thread;
+  using Base::p, Base::shared, Base::steps, Base::work, Base::stage, Base::parity, Base::thread;
 
   Accumulator<C::kHeadDim> dK;
   typename Base::Operand dS;

@@ -11,17 +11,17 @@ namespace tilewright::backward {
 
 // The order of dQ's sums where it is to be the same in every run (KernelParams::turns).
 //
-// Each tile of dQ has a counter: how many tiles of keys have added to it. Tile n of the keys adds when the counter says
-// that all the tiles before it have which visit these queries (key_tiles_before), and counts itself. So a sum has its
-// terms in the order of the keys. The first tile stores instead (QueryRange::first_fresh): no zeros are needed, except
-// in dQ where the counter stays 0.
+// Each tile of dQ has two counters: how many tiles of keys have added to it, one for the part of each warpgroup. Tile n
+// of the keys adds when the counter says that all the tiles before it have which visit these queries
+// (key_tiles_before), and counts itself. So a sum has its terms in the order of the keys. The first tile stores instead
+// (QueryRange::first_fresh): no zeros are needed, except in dQ where the counters stay 0.
 //
 // Three warps beside the producer do that, a thread each, so that no consumer waits for global memory:
 //
-//     announcer   waits until a step's turn has come; turn_full
+//     announcer   waits until a step's turn has come, for each warpgroup's part; turn_full
 //     adders      one for each warpgroup: waits for that and for what its warpgroup has staged of the step's dQ, and
-//                 lets the copy engine add it; unstaged, when the place is free again; added. The last adder waits for
-//                 the others and counts the step; counted, which the announcer waits for, kTurnSlots steps later
+//                 lets the copy engine add it; unstaged, when the place is free again. Counts the step when it has been
+//                 added; counted, which the announcer waits for, kTurnSlots steps later
 //
 // Where the consumers add from their registers, as they do with the last step of a tile of keys, they wait for
 // turn_full themselves, and what they stage is the word that they have added.
@@ -78,14 +78,22 @@ struct TurnAnnouncer : TurnRole<C> {
     this->walk([&](const TileWork& work, int i, int first_tile, bool) {
       ptx::mbarrier_wait(&shared.counted[slot()], parity() ^ 1);
       const int tile = work.walk.tile_at(i), turn = turn_of(work, tile);
-      while (ptx::load_acquire(p.turns + first_tile + tile) != turn) {
+      bool waits[C::kWarpgroups] = {true, true};
+      while (waits[0] || waits[1]) {
+        const int2 added = ptx::load_acquire(p.turns + first_tile + tile);
+        announce(0, added.x == turn, waits);
+        announce(1, added.y == turn, waits);
       }
-      ptx::fence_proxy_async_global();
-      ptx::mbarrier_arrive(&shared.turn_full[slot()]);
     });
   }
 
  private:
+  __device__ __forceinline__ void announce(int warpgroup, bool its_turn, bool (&waits)[C::kWarpgroups]) const {
+    if (!waits[warpgroup] || !its_turn) return;
+    waits[warpgroup] = false;
+    ptx::fence_proxy_async_global();
+    ptx::mbarrier_arrive(&shared.turn_full[warpgroup][slot()]);
+  }
   __device__ __forceinline__ int turn_of(const TileWork& work, int tile) const {
     const int first_query = tile * C::kTileM;
     const int last_query = min_of(first_query + C::kTileM, work.seqlen_q) - 1;
@@ -105,17 +113,13 @@ struct TurnAdder : TurnRole<C> {
       if (!C::kBulk || last) {
         ptx::mbarrier_wait(&shared.staged[kWarpgroup], step % 2);
         ptx::mbarrier_arrive(&shared.unstaged[kWarpgroup]);
-      } else {
-        ptx::mbarrier_wait(&shared.turn_full[slot()], parity());
+      } else if constexpr (C::kBulk) {
+        ptx::mbarrier_wait(&shared.turn_full[kWarpgroup][slot()], parity());
         add(p.dq_sum + int64_t{first_tile + tile} * kFloats, tile >= work.first_fresh);
       }
-      if constexpr (kWarpgroup + 1 < C::kWarpgroups) {
-        ptx::mbarrier_arrive(&shared.added[slot()]);
-      } else {
-        ptx::mbarrier_wait(&shared.added[slot()], parity());
-        ptx::reduce_add_release(p.turns + first_tile + tile, 1);
-        ptx::mbarrier_arrive(&shared.counted[slot()]);
-      }
+      int2& counters = p.turns[first_tile + tile];
+      ptx::reduce_add_release(kWarpgroup == 0 ? &counters.x : &counters.y, 1);
+      ptx::mbarrier_arrive(&shared.counted[slot()]);
     });
   }
 

@@ -10,12 +10,12 @@
 #include "kernels/forward/prepare_packed.cuh"
 #include "kernels/forward/select.h"
 #include "kernels/tensor_map.h"
+#include "ptx/grid_dependency.h"
 
 namespace tilewright {
 namespace {
 
 using forward::KernelParams;
-using forward::RowCoordinates;
 
 struct Workspace {
   int* next_tile;
@@ -44,12 +44,23 @@ Workspace workspace_at(void* memory, const ForwardParams& p, const ForwardTile& 
   return w;
 }
 
-// With few tiles a block the static order is as good, and saves the counter's memset. A packed batch's list is only
-// counted on the device.
+// With few tiles a block the static order is as good, and saves a kernel. A packed batch's list is only counted on the
+// device.
 bool needs_counter(const ForwardParams& p, const ForwardTile& tile, int blocks) {
-  constexpr int64_t kStaticRounds = 2;
+  constexpr int64_t kStaticRounds = 4;
   const int64_t tiles = int64_t{ceil_div(p.seqlen_q, tile.tile_m)} * p.heads_q * p.batch;
   return p.cu_seqlens_q || tiles > blocks * kStaticRounds;
+}
+
+struct CounterParams {
+  int* counter;
+};
+
+// Not a memset: that would wait for the end of the kernel before, and the kernel behind it for its end.
+__global__ void zero_counter(const CounterParams p) {
+  ptx::launch_dependent_grids();
+  ptx::wait_for_prerequisite_grids();
+  *p.counter = 0;
 }
 
 // The tile for a problem. Of a packed batch the host knows the mean length.
@@ -147,7 +158,7 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
     if (tiles > INT32_MAX) return cudaErrorInvalidValue;
     if (needs_counter(params, tile, blocks)) {
       kernel.next_tile = w.next_tile;
-      status = cudaMemsetAsync(w.next_tile, 0, sizeof(int), stream);
+      status = start_overlapping(zero_counter, {1, 1, 0}, stream, CounterParams{w.next_tile});
     }
     blocks = static_cast<int>(std::min<int64_t>(blocks, tiles));
   }

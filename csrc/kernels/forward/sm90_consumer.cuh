@@ -12,6 +12,7 @@
 #include "ptx/wgmma.h"
 #include "tile/fragment.h"
 #include "tile/pipeline.h"
+#include "tile/row_coordinates.h"
 #include "tile/unhoisted.h"
 
 namespace tilewright::forward {

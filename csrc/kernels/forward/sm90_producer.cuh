@@ -3,7 +3,7 @@
 #include "kernels/forward/sm90_config.cuh"
 #include "ptx/grid_dependency.h"
 #include "ptx/mbarrier.h"
-#include "ptx/tma.h"
+#include "tile/load_shared.h"
 #include "tile/pipeline.h"
 
 namespace tilewright::forward {
@@ -96,7 +96,7 @@ struct Producer {
       const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.k_begin, work.seqlen_k, key)
                                                  : RowCoordinates::plain(key, work.batch);
       ptx::mbarrier_wait(&shared.k_empty[k_at.stage], k_at.parity ^ 1);
-      load(shared.k[k_at.stage], &p.k, &shared.k_full[k_at.stage], head_kv, rows);
+      load_shared(shared.k[k_at.stage], &p.k, &shared.k_full[k_at.stage], head_kv, rows);
       k_at.advance();
       if (step == 0 && C::kQInRegisters) load_q(work);
       if (v_head != kNone) load_v(step == 0);
@@ -112,7 +112,7 @@ struct Producer {
       const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.q_begin, work.seqlen_q, query)
                                                  : RowCoordinates::plain(query, work.batch);
       ptx::mbarrier_wait(&shared.q_empty[i], q_at.parity ^ 1);
-      load(shared.q[i], &p.q, &shared.q_full[i], work.head, rows);
+      load_shared(shared.q[i], &p.q, &shared.q_full[i], work.head, rows);
     }
     q_at.advance();
   }
@@ -130,17 +130,8 @@ struct Producer {
       lent = last_of_tile;
     }
     ptx::mbarrier_wait(&shared.v_empty[v_at.stage], v_at.parity ^ 1);
-    load(shared.v[v_at.stage], &p.v, &shared.v_full[v_at.stage], v_head, v_rows);
+    load_shared(shared.v[v_at.stage], &p.v, &shared.v_full[v_at.stage], v_head, v_rows);
     v_at.advance();
-  }
-
-  template <class Tile>
-  __device__ __forceinline__ void load(Tile& tile, const CUtensorMap* map, uint64_t* full, int head,
-                                       const RowCoordinates& rows) {
-    ptx::mbarrier_arrive_expect(full, Tile::kBytes);
-    for (int i = 0; i < Tile::kChunks; ++i) {
-      ptx::tma_load_5d(tile.chunk(i), map, full, i * 64, head, rows.row, rows.outer, rows.wrap);
-    }
   }
 };
 
