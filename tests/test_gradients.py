@@ -204,6 +204,25 @@ def test_additions(device, dtype, head_dim, head_dim_v, lengths_q, lengths_k, op
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (70, 200)}], ids=str)
+@pytest.mark.parametrize(
+    "lengths, packed, heads_kv", [([550] * 50, False, 1), ([420] * 31, False, 2), ([700, 500], True, 50)], ids=str
+)
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (192, 128)])
+def test_groups_of_heads_in_turns(device, dtype, head_dim, head_dim_v, lengths, packed, heads_kv, options):
+    """So many heads that groups of them overlap (TileOrder::at_overlapping); the last group is a smaller one."""
+    problem = tiles.Problem(head_dim, head_dim_v, lengths, lengths, packed, options, 8 * heads_kv, heads_kv)
+    tile = problem.backward_tile(tiles.multiprocessors(device), True)
+    assert not tile["second_pass"] and not tile["whole_heads"]
+    (q, k, v), options = problem.make(device, dtype)
+    dout, dlse = cases.into_outputs(q, v)
+    torch.full((1 << 26,), float("nan"), device=device)
+    grads = cases.check_gradients(q, k, v, dout=dout, dlse=dlse, deterministic=True, **options)
+    again = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=True, **options)
+    assert all(torch.equal(grad, grads[name]) for name, grad in again.items())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])

@@ -49,6 +49,32 @@ struct TileOrder {
     return {tile, group * in_group + rest - tile * size};
   }
 
+  // The same groups, but the shorter half of a group's tiles takes turns with the longer half of the next one's: tiles
+  // of all lengths at any time, with few heads. For each head the tiles come in the same order as above.
+  TILEWRIGHT_HOST_DEVICE Tile at_overlapping(int index, int tiles) const {
+    const int in_group = static_cast<int>(head_group.divisor);
+    const int longer = (tiles + 1) / 2, shorter = tiles - longer;
+    // Stage n holds the longer tiles of group n and the shorter ones of group n - 1. The last has only shorter ones,
+    // the first only longer ones.
+    const int last = ceil_div(heads, in_group);
+    const int begin_of_last = heads * longer + (last - 1) * in_group * shorter;
+    int stage = 0;
+    if (index >= begin_of_last) {
+      stage = last;
+      index -= begin_of_last;
+    } else if (index >= in_group * longer) {
+      index -= in_group * longer;
+      stage = 1 + index / (in_group * tiles);
+      index -= (stage - 1) * in_group * tiles;
+    }
+    const int with_longer = clamp(heads - stage * in_group, 0, in_group);
+    const int with_shorter = stage == 0 ? 0 : min_of(heads - (stage - 1) * in_group, in_group);
+    const int row = min_of(index / (with_longer + with_shorter), shorter);
+    const int column = index - row * (with_longer + with_shorter);
+    if (column < with_longer) return {row, stage * in_group + column};
+    return {longer + row, (stage - 1) * in_group + column - with_longer};
+  }
+
   // Of tiles of queries. Those of one length run best one head after the other: the blocks at work then read the same
   // keys at the same time. A causal order needs many heads to fill the gaps with short tiles, if their keys and values
   // fit in the L2 cache or not; too many, and all long tiles come at once, which read each head's keys alone.

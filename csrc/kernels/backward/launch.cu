@@ -41,6 +41,8 @@ struct Shape {
   BackwardHeads heads;
   bool second_pass;    // for dQ
   bool turns;          // blocks add to its sums in
+  bool overlapping;    // groups of heads
+  int64_t steps;       // of a tile of keys, about, where not all queries see all keys
   bool whole_heads;    // a block takes
   int64_t head_group;  // heads at work at the same time
   int64_t head_groups;
@@ -49,8 +51,9 @@ struct Shape {
 
 // Whole heads come in their order: all are as long. Else: key tiles of one length run best one head after the other:
 // the blocks at work then read the same queries at the same time. Others fill each other's gaps, with as many heads as
-// all blocks need and the cache holds. Those that add in turns wait for the other blocks of their head: the more heads
-// at a time, the fewer, but too many leave nothing in the cache.
+// all blocks need and the cache holds. Those that add in turns wait for the other blocks of their head, each a step
+// behind the one before: the more heads at a time, the fewer, but too many leave nothing in the cache. Short tiles come
+// faster than that, so groups of heads overlap, if there are enough of them.
 void choose_order(const BackwardParams& p, Shape& shape) {
   const int64_t blocks = shape.heads.multiprocessors;
   const int64_t bytes_a_head =
@@ -60,9 +63,10 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   const int64_t needed = (blocks * 3 / 2 + shape.key_tiles) / std::max<int64_t>(shape.key_tiles, 1);
   int64_t heads = shape.uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
   if (shape.turns) {
-    const int64_t uneven = std::min(fitting * 3 / 2 + std::max(blocks / 5, blocks * 26 / p.head_dim), blocks / 2);
-    const int64_t even = std::clamp(fitting * 3 / 2, blocks / (p.head_dim > 64 ? 8 : 11), blocks / 4);
-    const int64_t most = std::max<int64_t>(shape.uneven ? uneven : even, 1);
+    const int64_t even = std::clamp(fitting * 3 / 2, blocks / 8, blocks / 4);
+    const int64_t overlapping = std::max(blocks * 7 / (4 * (shape.steps + 2)), blocks / 22);
+    shape.overlapping = shape.uneven && shape.heads_kv >= 6 * overlapping;
+    const int64_t most = std::max<int64_t>(!shape.uneven ? even : shape.overlapping ? overlapping : shape.heads_kv, 1);
     // Groups of one size, nearly: few heads left over would wait longest.
     const int64_t groups = std::max<int64_t>((shape.heads_kv + most - 1) / most, 1);
     heads = (shape.heads_kv + groups - 1) / groups;
@@ -112,6 +116,11 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.whole_heads = takes_whole_heads(shape.tile, shape.heads);
   shape.second_pass = shape.tile.add_dq == AddDq::kSecondPass;
   shape.turns = p.deterministic && !shape.whole_heads && !shape.second_pass;
+  const int64_t window =
+      std::min<int64_t>(int64_t{p.window.left} + p.window.right + shape.tile.tile_n, problem.seqlen_q);
+  const bool one_edge = p.window.left >= problem.seqlen_k || p.window.right >= problem.seqlen_k;
+  shape.steps =
+      shape.heads.group * ceil_div(static_cast<int>(one_edge ? problem.seqlen_q / 2 : window), shape.tile.tile_m);
   choose_order(p, shape);
   return cudaSuccess;
 }
@@ -173,6 +182,7 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   kernel.turns = w.turns;
   kernel.zeros = {w.zero_shares, static_cast<int>(shape.ahead)};
   kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(shape.head_group))};
+  kernel.overlapping = shape.overlapping;
   kernel.next_tile = w.next_tile;
   kernel.dq = shape.whole_heads ? p.dq : nullptr;
   kernel.dk_rows = p.dk;

@@ -67,6 +67,7 @@ struct KernelParams {
   Window window;
   Zeros zeros;
   TileOrder order;               // of tiles of keys
+  bool overlapping;              // groups of heads, see TileOrder::at_overlapping
   int tiles;                     // of keys, of one head; packed: see num_packed
   int head_tiles;                // of queries, of one head; packed: of all parts
   int* next_tile;                // the counter that blocks take tiles from; whole heads: not used

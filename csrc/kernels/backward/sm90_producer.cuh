@@ -20,20 +20,20 @@ struct Producer {
   __device__ __forceinline__ void run() {
     // Where blocks wait for each other, each must be at work on what it has taken: even the first tile comes from the
     // counter. Else neighbours begin with neighbouring tiles, and read the same rows at the same time.
-    int index = p.dq             ? static_cast<int>(blockIdx.x) * p.tiles
-                : C::kSecondPass ? static_cast<int>(blockIdx.x)
-                                 : atomicAdd(p.next_tile, 1);
+    int index = p.dq ? static_cast<int>(blockIdx.x) * p.tiles : C::kSecondPass ? static_cast<int>(blockIdx.x) : take();
     uint32_t number = 0, loaded = 0;
     while (index < p.tiles_of_head() * p.order.heads) {
       TileWork& work = next_slot(number);
       work.loaded = loaded;
       work.index = index;
-      work.next = p.dq ? index + 1 : atomicAdd(p.next_tile, 1) + (C::kSecondPass ? blocks() : 0);
+      if (!in_turns()) work.next = p.dq ? index + 1 : take() + (C::kSecondPass ? blocks() : 0);
       work.last = false;
       describe(work, index);
       if (p.dq) describe_sums(work);
       publish(work.number);
       load_tile(work);
+      // Not before: others wait for a tile from when it has been taken.
+      if (in_turns()) work.next = take();
       index = work.next;
       number = work.number + 1;
       loaded = work.loaded + (work.walk.count > 0);
@@ -41,6 +41,9 @@ struct Producer {
     next_slot(number).last = true;
     publish(number);
   }
+
+  __device__ __forceinline__ bool in_turns() const { return !C::kSecondPass && p.turns; }
+  __device__ __forceinline__ int take() const { return atomicAdd(p.next_tile, 1); }
 
   // The slot of a block's tile `number`, once the tile that was there is done.
   __device__ __forceinline__ TileWork& next_slot(uint32_t number) {
@@ -54,7 +57,8 @@ struct Producer {
   }
 
   __device__ __forceinline__ void describe(TileWork& work, int index) const {
-    const TileOrder::Tile at = p.order.at(index, p.tiles_of_head());
+    const TileOrder::Tile at = in_turns() && p.overlapping ? p.order.at_overlapping(index, p.tiles_of_head())
+                                                           : p.order.at(index, p.tiles_of_head());
     if (p.packed) {
       const PackedPairTile& tile = p.packed[at.tile];
       work.first_tile = at.head * p.group * p.head_tiles + tile.first_tile;
@@ -81,10 +85,10 @@ struct Producer {
     const QueryRange range =
         QueryRange::of(p.window, work.seqlen_q, work.seqlen_k, work.first_key, C::kTileN, C::kTileM);
     // Downwards and with a fixed order of the sums, blocks follow each other over the queries a step apart.
-    work.walk = p.turns ? QueryWalk::downwards(range) : QueryWalk::upwards(range, work.first_key / C::kTileN);
+    work.walk = in_turns() ? QueryWalk::downwards(range) : QueryWalk::upwards(range, work.first_key / C::kTileN);
     work.first_sum = work.first_tile;
     work.first_fresh = range.end;
-    if (p.turns) work.first_fresh = first_fresh(work, range);
+    if (in_turns()) work.first_fresh = first_fresh(work, range);
   }
   // Whole heads: after a tile of keys comes the next of its head, after the last the first of the block's next head.
   // The tiles walk the queries upwards and downwards in turn: what one has read and added to last is still in the L2
