@@ -25,6 +25,13 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
+// The lowest `count` bits, all from 32 on; count >= 0.
+__device__ __forceinline__ uint32_t low_bits(int count) {
+  uint32_t bits;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(count));
+  return bits;
+}
+
 // Two float32, rounded to nearest even, in one register: `low` in the lower half.
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);

@@ -2,7 +2,7 @@
 
 #include <math_constants.h>
 
-#include "attention/query_range.h"
+#include "attention/visible_columns.h"
 #include "ptx/math.h"
 #include "tile/fragment.h"
 
@@ -20,17 +20,13 @@ template <int kQueries>
 __device__ __forceinline__ void mask_scores(Accumulator<kQueries>& S, const VisibleQueries& queries, int first_query,
                                             int first_key, int thread) {
   const int first_column = first_query + S.column(thread);
+  ColumnSet seeing[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = first_key + S.row(thread) + 8 * r;
-    const int first = queries.first(key) - first_column;
-    const int last = queries.last(key) - first_column;
-#pragma unroll
-    for (int i = 0; i < S.kValues; ++i) {
-      const bool hidden = S.column_of(i) < first || S.column_of(i) >= last;
-      if (S.row_half(i) == r && hidden) S.values[i] = -CUDART_INF_F;
-    }
+    seeing[r] = visible_columns(queries, key, first_column);
   }
+  replace_other_columns(S, seeing, -CUDART_INF_F);
 }
 
 // softcap: S ← t = tanh(score_scale S) = 1 - 2 / (1 + exp(2 score_scale S)), slope ← 1 - t²

@@ -75,6 +75,15 @@ struct RowTile {
     at.in_sequence = p.parts.is_sequence(low);
     return at;
   }
+
+  // When the kernels before have ended. The parts are made by one of them; without parts all is known already.
+  template <int kTileM>
+  __device__ __forceinline__ static RowTile after_wait(const RowParams& p) {
+    if (p.parts.first_row) ptx::wait_for_prerequisite_grids();
+    const RowTile tile = of<kTileM>(p);
+    ptx::wait_for_prerequisite_grids();
+    return tile;
+  }
 };
 
 template <class Element>
@@ -108,8 +117,7 @@ struct RowStats {
 template <class Element, int kHeadDim, int kHeadDimV, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constant__ RowParams p) {
   ptx::launch_dependent_grids();
-  ptx::wait_for_prerequisite_grids();  // the kernels of the call before may still read what is written here
-  const RowTile tile = RowTile::of<kTileM>(p);
+  const RowTile tile = RowTile::after_wait<kTileM>(p);  // the call before may still read what is written here
   if (threadIdx.x == 0) {
     if (tile.number == 0) p.next_tile[0] = p.next_tile[1] = 0;
     if (p.zero_shares && tile.number < p.head_groups) p.zero_shares[tile.number] = 0;
@@ -163,8 +171,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
   // A row is 16 bytes longer than it need be: two rows below lie 8 banks further.
   __shared__ __align__(16) Element rows[kTileM][kHeadDim + 8];
   ptx::launch_dependent_grids();
-  ptx::wait_for_prerequisite_grids();
-  const RowTile tile = RowTile::of<kTileM>(p);
+  const RowTile tile = RowTile::after_wait<kTileM>(p);
   if (tile.rows <= 0) return;
   constexpr int kPieces = kHeadDim / 8;
   const auto row_of = [&](int row) {
@@ -179,9 +186,19 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq_rows(const __grid_const
     return;
   }
   const float4* sums = reinterpret_cast<const float4*>(p.dq_sum + int64_t{tile.number} * kTileM * kHeadDim);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kTileM * kHeadDim / 4; i += kRowThreads) {
-    const float4 x = sums[i];
+  constexpr int kCount = kTileM * kHeadDim / 4;
+  constexpr int kPasses = ceil_div(kCount, kRowThreads);
+  float4 loaded[kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int i = pass * kRowThreads + threadIdx.x;
+    if (i < kCount) loaded[pass] = sums[i];
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int i = pass * kRowThreads + threadIdx.x;
+    if (i >= kCount) break;
+    const float4 x = loaded[pass];
     constexpr bool kByRows = dq_by_rows(kHeadDim, kTileM);
     constexpr int kColumns = dq_unit_columns(kHeadDim, kTileM);
     constexpr int kWarpsDown = (kByRows ? kTileM : kHeadDim) / 16;

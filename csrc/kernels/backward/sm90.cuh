@@ -7,6 +7,7 @@
 #include "kernels/backward/sm90_wide_consumer.cuh"
 #include "kernels/backward/turns.cuh"
 #include "kernels/backward/zeros.cuh"
+#include "ptx/elect.h"
 #include "ptx/grid_dependency.h"
 #include "ptx/registers.h"
 #include "ptx/tma.h"
@@ -62,16 +63,18 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0);
   if (warpgroup < 0) {
     ptx::registers_decrease<C::kProducerRegisters>();
-    if (threadIdx.x == 0) {
+    if (!ptx::elect_one()) return;
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) {
       Producer<C>{p, shared}.run();
     } else if constexpr (!C::kSecondPass) {
-      if (p.turns && threadIdx.x == 32) {
+      if (p.turns && warp == 1) {
         TurnAnnouncer<C>{{p, shared}}.run();
-      } else if (p.turns && threadIdx.x == 64) {
+      } else if (p.turns && warp == 2) {
         TurnAdder<C, 0>{{p, shared}}.run();
-      } else if (p.turns && threadIdx.x == 96) {
+      } else if (p.turns && warp == 3) {
         TurnAdder<C, 1>{{p, shared}}.run();
-      } else if (!p.turns && !p.dq && threadIdx.x == 96) {
+      } else if (!p.turns && !p.dq && warp == 3) {
         ZeroWriter<C>{p, shared}.run();
       }
     }

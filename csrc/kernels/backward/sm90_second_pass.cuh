@@ -2,6 +2,7 @@
 
 #include "kernels/backward/sm90_second_pass_consumer.cuh"
 #include "kernels/backward/sm90_second_pass_producer.cuh"
+#include "ptx/elect.h"
 #include "ptx/grid_dependency.h"
 #include "ptx/registers.h"
 #include "ptx/tma.h"
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) second_pass_sm90(const __grid_
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0);
   if (warpgroup < 0) {
     ptx::registers_decrease<C::kProducerRegisters>();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < 32 && ptx::elect_one()) {
       SecondPassProducer<C>{p, shared}.run();
       ptx::wait_for_prerequisite_grids();
     }

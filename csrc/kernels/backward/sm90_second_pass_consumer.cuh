@@ -2,6 +2,7 @@
 
 #include <math_constants.h>
 
+#include "attention/visible_columns.h"
 #include "kernels/backward/sm90_second_pass_config.cuh"
 #include "ptx/ldmatrix.h"
 #include "ptx/math.h"
@@ -213,19 +214,13 @@ struct SecondPassConsumer {
     const VisibleKeys keys(p.first.window, work.seqlen_q, work.seqlen_k);
     const int t = thread();
     const int first_column = work.range.block_at(at) * C::kTileN + P.column(t);
-    const int sinks_end = p.first.window.sink_tokens - first_column;
+    ColumnSet seen[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = work.first_query + warpgroup * C::kRows + P.row(t) + 8 * r;
-      const int begin = keys.begin(query) - first_column;
-      const int end = keys.end(query) - first_column;
-#pragma unroll
-      for (int i = 0; i < P.kValues; ++i) {
-        const int column = P.column_of(i);
-        const bool hidden = column >= end || (column < begin && column >= sinks_end);
-        if (P.row_half(i) == r && hidden) P.values[i] = 0.f;
-      }
+      seen[r] = visible_columns(keys, query, first_column);
     }
+    replace_other_columns(P, seen, 0.f);
   }
 
   // dS = P ∘ (dP - delta)

@@ -3,6 +3,7 @@
 #include "kernels/forward/sm90_config.cuh"
 #include "kernels/forward/sm90_consumer.cuh"
 #include "kernels/forward/sm90_producer.cuh"
+#include "ptx/elect.h"
 #include "ptx/grid_dependency.h"
 #include "ptx/mbarrier.h"
 #include "ptx/registers.h"
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward_sm90(const __grid_cons
     __syncwarp();
     if (threadIdx.x < 32) ptx::named_barrier_arrive(kStart, C::kThreads - 96);
     ptx::registers_decrease<C::kProducerRegisters>();
-    if (threadIdx.x == 0) Producer<C>{p, shared}.run();
+    if (threadIdx.x < 32 && ptx::elect_one()) Producer<C>{p, shared}.run();
   } else {
     ptx::named_barrier_sync(kStart, C::kThreads - 96);
     ptx::registers_increase<C::kConsumerRegisters>();

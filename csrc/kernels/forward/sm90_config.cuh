@@ -32,8 +32,11 @@ struct Config {
   static constexpr bool kQInRegisters = kHeadDim < 192;
   // Where shared memory has no room for O on its way out, so many buffers of V serve at the end of a tile.
   static constexpr int kOutInV = kHeadDim < 192 ? 0 : ceil_div(kTileM, kTileN);
-  // Where the exponentials take as long as the products, the columns that a warp does not see are left out of them.
-  static constexpr bool kSkipColumns = kHeadDim < 128;
+  // Columns that a warp does not see are left out of the exponentials, so many steps of 16 at a time. One, where the
+  // exponentials take as long as the products; elsewhere each question costs more than a step.
+  static constexpr int kSkippedSteps = kHeadDim < 128 ? 1 : kTileN / 32;
+  // l and lse of a tile while its last product runs, although the next S waits for it.
+  static constexpr bool kEarlyEndRows = kHeadDim < 128;
 
   static_assert(kTileM % 64 == 0 && kWarpgroups >= 2 && kWarpgroups <= 3 && kTileN % 16 == 0);
   static_assert(kOutInV == 0 || (kTileN % 64 == 0 && kOutInV <= kStagesV));

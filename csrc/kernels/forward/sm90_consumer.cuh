@@ -56,7 +56,7 @@ struct Consumer {
           walk_blocks();
           finish_tile();
           if (!next_sees_keys()) break;
-          if constexpr (!C::kSkipColumns) end_rows();
+          if constexpr (!C::kEarlyEndRows) end_rows();
           first_step<true>();
         }
       } else {
@@ -199,7 +199,7 @@ struct Consumer {
     my_turn();
     issue_products(kEndsTile);
     your_turn();
-    if constexpr (kEndsTile && C::kSkipColumns) end_rows();
+    if constexpr (kEndsTile && C::kEarlyEndRows) end_rows();
     const Edge edge = edge_of(0);
     ptx::wgmma_wait<1>();
     S.pin();
@@ -252,7 +252,7 @@ struct Consumer {
     S.pin();
     release_k(at);
     transform_scores();
-    const Edge edge = edge_of(at);
+    const Edge edge = !C::kQInRegisters && is_full(at) ? Edge::none(C::kTileN) : edge_of(at);
     mask(S, edge);
     float correction[2];
     softmax.raise(S, p.to_log2, correction);
@@ -294,12 +294,16 @@ struct Consumer {
   __device__ __forceinline__ void exponentiate(int end) {
     softmax.begin_block();
 #pragma unroll
-    for (int i = 0; i < P.kSteps; ++i) {
-      if (!C::kSkipColumns || 16 * i < end) {
-        softmax.exponentiate(S, i, p.to_log2);
-        P.pack_step(S, i);
+    for (int first = 0; first < P.kSteps; first += C::kSkippedSteps) {
+      if (16 * first < end) {
+#pragma unroll
+        for (int i = first; i < first + C::kSkippedSteps; ++i) {
+          softmax.exponentiate(S, i, p.to_log2);
+          P.pack_step(S, i);
+        }
       } else {
-        P.fill_step(i, 0);
+#pragma unroll
+        for (int i = first; i < first + C::kSkippedSteps; ++i) P.fill_step(i, 0);
       }
     }
   }
@@ -395,12 +399,17 @@ struct Consumer {
     return keys.end(last_query) > work.range.block_at(at) * C::kTileN;
   }
 
+  // Whether all rows of the tile see the block of step `at`.
+  __device__ __forceinline__ bool is_full(int at) const {
+    const BlockRange& range = shared.tile[tile_at.stage].range;
+    return at >= range.right_edge_steps() && at < range.full_steps_end();
+  }
+
   __device__ __forceinline__ Edge edge_of(int at) const {
     const TileWork& work = shared.tile[tile_at.stage];
-    const bool full = at >= work.range.right_edge_steps() && at < work.range.full_steps_end();
-    if (!C::kSkipColumns && full) return Edge::none(C::kTileN);
     const VisibleKeys keys(p.window, work.seqlen_q, work.seqlen_k);
-    return Edge::of(keys, work.first_query + warpgroup * 64, work.range.block_at(at) * C::kTileN, unhoisted(thread));
+    return Edge::of(keys, work.first_query + warpgroup * 64, work.range.block_at(at) * C::kTileN, C::kTileN,
+                    unhoisted(thread));
   }
 
   // --- epilogue -----------------------------------------------------------------------------------------------------

@@ -33,19 +33,23 @@ struct Producer {
     int index = blockIdx.x;
     for (int round = 1; index < count; ++round) {
       const TileWork work = work_at(index, tiles);
-      // From here on memory is read, and (once a tile is announced) written.
+      // Memory is read from the first load on, and written when that has arrived; of a tile that sees no key, as soon as
+      // it is announced.
+      if (round == 1 && work.range.count() == 0) ptx::wait_for_prerequisite_grids();
+      const TileWork& announced = announce(work);
       if (round == 1) ptx::wait_for_prerequisite_grids();
-      // The dynamic order asks for its next tile before it needs it. The static one goes back and forth over the
-      // blocks, so that no block always gets the longest of a round.
-      const int next =
-          p.next_tile ? atomicAdd(p.next_tile, 1) + static_cast<int>(gridDim.x)
-                      : static_cast<int>(round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x));
-      load_tile(announce(work));
-      index = next;
+      index = load_tile(announced, round);
     }
     TileWork end{};
     end.last = true;
-    load_tile(announce(end));
+    load_tile(announce(end), 0);
+  }
+
+  // The static order goes back and forth over the blocks, so that no block always gets the longest of a round.
+  __device__ __forceinline__ int next_index(int round) const {
+    const int blocks = gridDim.x, block = blockIdx.x;
+    if (p.next_tile) return atomicAdd(p.next_tile, 1) + blocks;
+    return round * blocks + (round % 2 ? blocks - 1 - block : block);
   }
 
   __device__ __forceinline__ TileWork work_at(int index, int tiles) const {
@@ -82,19 +86,24 @@ struct Producer {
     return announced;
   }
 
-  __device__ __forceinline__ void load_tile(const TileWork& work) {
+  // Returns the index of the next tile. The dynamic order takes it just before the last block: a tile that is taken
+  // early waits while others have nothing to do, and after it the answer would be waited for.
+  __device__ __forceinline__ int load_tile(const TileWork& work, int round) {
     const int head_kv = p.heads_per_kv.divide(work.head);
     const int blocks = work.range.count();
-    if (blocks == 0 && v_head != kNone) {
-      load_v(true);
+    if (blocks == 0) {
+      if (v_head != kNone) load_v(true);
       v_head = kNone;
+      return work.last ? 0 : next_index(round);
     }
+    int next = 0;
     // A consumer with Q in registers frees its buffer early and asks for the next Q together with K_0; otherwise Q's
     // buffer becomes free only when the tile before ends, and K_1 must not wait behind it.
     for (int step = 0; step < blocks; ++step) {
       const int key = work.range.block_at(step) * C::kTileN;
       const RowCoordinates rows = p.packed_tiles ? RowCoordinates::packed(work.k_begin, work.seqlen_k, key)
                                                  : RowCoordinates::plain(key, work.batch);
+      if (step + 1 == blocks) next = next_index(round);
       ptx::mbarrier_wait(&shared.k_empty[k_at.stage], k_at.parity ^ 1);
       load_shared(shared.k[k_at.stage], &p.k, &shared.k_full[k_at.stage], head_kv, rows);
       k_at.advance();
@@ -104,6 +113,7 @@ struct Producer {
       v_head = head_kv;
       v_rows = rows;
     }
+    return next;
   }
 
   __device__ __forceinline__ void load_q(const TileWork& work) {
