@@ -33,8 +33,8 @@ struct Producer {
     int index = blockIdx.x;
     for (int round = 1; index < count; ++round) {
       const TileWork work = work_at(index, tiles);
-      // Memory is read from the first load on, and written when that has arrived; of a tile that sees no key, as soon as
-      // it is announced.
+      // Memory is read from the first load on, and written when that has arrived, or as soon as a tile that sees no key
+      // is announced.
       if (round == 1 && work.range.count() == 0) ptx::wait_for_prerequisite_grids();
       const TileWork& announced = announce(work);
       if (round == 1) ptx::wait_for_prerequisite_grids();
