@@ -139,10 +139,10 @@ def test_choice_of_the_second_pass(head_dim, softcap, causal, longest, longest_d
     "heads, longest, longest_causal", [(16, 1024, 2048), (64, 256, 512), (66, 256, 512), (67, 0, 0)]
 )
 def test_choice_of_the_second_pass_for_few_heads(head_dim, heads, longest, longest_causal):
-    """Where neither heads nor tiles fill the multiprocessors, with the heads of queries counted."""
+    """Where neither heads nor tiles fill the multiprocessors, with the heads of queries counted; not in long sequences
+    of head_dim 64."""
     for right, last, in_any_case in ((None, longest, 512), (0, longest_causal, 1024)):
-        if head_dim > 64:
-            last = max(last, in_any_case)
+        last = max(last, in_any_case) if head_dim > 64 else min(last, in_any_case)
         for seqlen in (1, 128, 129, max(last, 1), last + 1, 1 << 20):
             problem = {"seqlen_q": seqlen, "seqlen_k": 70, "window_right": right, "packed": True}
             for grouped in ({"heads_kv": heads}, {"heads_kv": 1, "group": heads}):

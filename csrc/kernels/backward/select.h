@@ -70,13 +70,14 @@ struct BackwardProblem {
 };
 
 // Whether dQ has a second pass, where there is a choice: it costs more products, and nothing around them; additions
-// wait for each other where their order is fixed. It is worth it where neither heads nor tiles fill the
-// multiprocessors, and above head_dim 64 in short sequences.
+// wait for each other where their order is fixed. It is worth it in sequences that are short: where neither heads nor
+// tiles fill the multiprocessors, and above head_dim 64.
 constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) {
   const int length = max_of(problem.seqlen_q, problem.seqlen_k);
   const int64_t tiles = problem.heads * ceil_div(length, 128) * (problem.full() ? 2 : 1);
-  if (2 * problem.heads <= problem.multiprocessors && tiles <= 2 * problem.multiprocessors) return true;
+  const bool few = 2 * problem.heads <= problem.multiprocessors && tiles <= 2 * problem.multiprocessors;
   const int longest_free = problem.full() ? 512 : 1024, longest_fixed = problem.full() ? 1024 : 4096;
+  if (few && (head_dim > 64 || length <= longest_free)) return true;
   return head_dim > 64 && length <= (problem.deterministic ? longest_fixed : longest_free);
 }
 

@@ -53,11 +53,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     }
     shared.init_barriers(C::kSecondPass || p.dq ? 0 : p.turns ? 3 : 1);
   }
-  // Up to here nothing that another kernel may still write has been read: it overlaps the end of the kernel before. A
-  // second pass may start as soon as all blocks know that what both read is there.
+  // The end of the kernel before is waited for by the threads beside the consumers, who do nothing before a tile has
+  // been announced.
   if constexpr (!C::kSecondPass) ptx::launch_dependent_grids();
-  ptx::wait_for_prerequisite_grids();
-  if constexpr (C::kSecondPass) ptx::launch_dependent_grids();
   __syncthreads();
   // The shuffle tells the compiler that the index is the same in a warp: matrix descriptors stay in uniform registers.
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0);
@@ -68,6 +66,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     if (warp == 0) {
       Producer<C>{p, shared}.run();
     } else if constexpr (!C::kSecondPass) {
+      ptx::wait_for_prerequisite_grids();
       if (p.turns && warp == 1) {
         TurnAnnouncer<C>{{p, shared}}.run();
       } else if (p.turns && warp == 2) {

@@ -117,7 +117,7 @@ struct TileWork : Sequences {
   uint32_t number;  // tiles announced before
   uint32_t loaded;  // tiles of K and V loaded before
   int index;        // in the order
-  int next;         // the producer's: the index of the tile after this one
+  int next;         // whole heads: the index of the block's tile after this one
   bool last;        // no work: the end
   QueryWalk walk;
 };

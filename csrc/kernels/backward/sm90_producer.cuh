@@ -2,6 +2,7 @@
 
 #include "kernels/backward/sm90_config.cuh"
 #include "kernels/backward/zeros.cuh"
+#include "ptx/grid_dependency.h"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
 #include "tile/load_shared.h"
@@ -19,22 +20,23 @@ struct Producer {
 
   __device__ __forceinline__ void run() {
     // Where blocks wait for each other, each must be at work on what it has taken: even the first tile comes from the
-    // counter. Else neighbours begin with neighbouring tiles, and read the same rows at the same time.
+    // counter. Else neighbours begin with neighbouring tiles, and read the same rows at the same time; and the first
+    // tile of a plain batch is known before the kernel before has ended.
+    if (!C::kSecondPass || p.packed) start();
     int index = p.dq ? static_cast<int>(blockIdx.x) * p.tiles : C::kSecondPass ? static_cast<int>(blockIdx.x) : take();
     uint32_t number = 0, loaded = 0;
     while (index < p.tiles_of_head() * p.order.heads) {
       TileWork& work = next_slot(number);
       work.loaded = loaded;
       work.index = index;
-      if (!in_turns()) work.next = p.dq ? index + 1 : take() + (C::kSecondPass ? blocks() : 0);
       work.last = false;
       describe(work, index);
       if (p.dq) describe_sums(work);
+      if (C::kSecondPass && number == 0) start();
       publish(work.number);
       load_tile(work);
-      // Not before: others wait for a tile from when it has been taken.
-      if (in_turns()) work.next = take();
-      index = work.next;
+      // Not before: with turns others wait for a tile from when it has been taken.
+      index = p.dq ? work.next : take() + (C::kSecondPass ? blocks() : 0);
       number = work.number + 1;
       loaded = work.loaded + (work.walk.count > 0);
     }
@@ -42,6 +44,11 @@ struct Producer {
     publish(number);
   }
 
+  // From here on memory is read. A second pass may start as soon as all blocks know that what both read is there.
+  __device__ __forceinline__ static void start() {
+    ptx::wait_for_prerequisite_grids();
+    if constexpr (C::kSecondPass) ptx::launch_dependent_grids();
+  }
   __device__ __forceinline__ bool in_turns() const { return !C::kSecondPass && p.turns; }
   __device__ __forceinline__ int take() const { return atomicAdd(p.next_tile, 1); }
 
@@ -102,6 +109,7 @@ struct Producer {
     unsigned block;  // not from blockIdx: the compiler would keep it all the time
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     work.first_sum = static_cast<int>(block) * p.group * p.head_tiles;
+    work.next = work.index + 1;
     if (work.first_key + C::kTileN >= work.seqlen_k) work.next += (blocks() - 1) * p.tiles;
   }
   __device__ __forceinline__ int first_fresh(const TileWork& work, const QueryRange& range) const {

@@ -34,7 +34,6 @@ struct QueryTileWork : Sequences {
   int first_tile;   // of lse2 and delta: the number of the first of its two
   uint32_t number;  // tiles announced before
   uint32_t loaded;  // those of them with keys
-  int next;         // the producer's: the index of the tile after this one
   bool last;        // no work: the end
   BlockRange range;
 };

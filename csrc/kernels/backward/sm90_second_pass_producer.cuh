@@ -20,14 +20,13 @@ struct SecondPassProducer {
     while (index < tiles_of_head() * p.order.heads) {
       QueryTileWork& work = next_slot(number);
       work.loaded = loaded;
-      unsigned blocks;  // not from gridDim: the compiler would keep it all the time
-      asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
-      work.next = atomicAdd(p.next_tile, 1) + static_cast<int>(blocks);
       work.last = false;
       describe(work, index);
       publish(work.number);
       if (work.range.count() > 0) load_tile(work);
-      index = work.next;
+      unsigned blocks;  // not from gridDim: the compiler would keep it all the time
+      asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+      index = atomicAdd(p.next_tile, 1) + static_cast<int>(blocks);
       number = work.number + 1;
       loaded = work.loaded + (work.range.count() > 0);
     }
