@@ -1,6 +1,5 @@
 #pragma once
 
-#include "attention/host_device.h"
 #include "ptx/math.h"
 #include "tile/fragment.h"
 
@@ -13,8 +12,8 @@ struct ColumnSet {
 
   // Those before `end`; columns are counted from the thread's first, as in Accumulator::column_of.
   __device__ __forceinline__ static ColumnSet before(int end) {
-    const int columns = max_of(end, 0);
-    return {ptx::low_bits(columns / 8 * 2 + min_of(columns % 8, 2))};
+    const int columns = max(end, 0);
+    return {ptx::low_bits(columns / 8 * 2 + min(columns % 8, 2))};
   }
   __device__ __forceinline__ ColumnSet operator&(ColumnSet other) const { return {bits & other.bits}; }
   __device__ __forceinline__ ColumnSet operator|(ColumnSet other) const { return {bits | other.bits}; }

@@ -70,8 +70,8 @@ struct BackwardProblem {
 };
 
 // Whether dQ has a second pass, where there is a choice: it costs more products, and nothing around them; additions
-// wait for each other where their order is fixed. It is worth it in sequences that are short: where neither heads nor
-// tiles fill the multiprocessors, and above head_dim 64.
+// wait for each other where their order is fixed. It is worth it where neither heads nor tiles fill the
+// multiprocessors, at head_dim 64 only in short sequences; and above in short sequences always.
 constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) {
   const int length = max_of(problem.seqlen_q, problem.seqlen_k);
   const int64_t tiles = problem.heads * ceil_div(length, 128) * (problem.full() ? 2 : 1);
