@@ -129,6 +129,31 @@ def test_masked_scores_of_any_size(device, dtype):
     assert torch.equal(out, out_huge) and torch.equal(lse, lse_huge)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_saturated_softcap(device, dtype, head_dim):
+    """Scores far beyond the cap on both sides: tanh is 1 or -1, and what is computed on the way overflows nothing."""
+    q, k, v = cases.make(device, dtype, seqlen_q=70, seqlen_k=400, head_dim=head_dim)
+    for options in ({}, {"causal": True}):
+        cases.check_forward(q, k, v, scale=20.0, softcap=3.0, **options)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_nan_in_a_key(device, dtype, head_dim, softcap):
+    """All rows that see the key become NaN, and no other row of the sequence is touched."""
+    q, k, v = cases.make(device, dtype, seqlen_q=400, head_dim=head_dim)
+    options = {"window": (130, 40), "softcap": softcap}
+    out, lse = cases.call(q, k, v, **options)
+    k[:, 250, 0] = float("nan")
+    out_nan, lse_nan = cases.call(q, k, v, **options)
+    sees = torch.zeros(400, dtype=torch.bool, device=device)
+    sees[250 - 40 : 250 + 130 + 1] = True
+    assert out_nan[:, sees, 0].isnan().all() and lse_nan[:, 0, sees].isnan().all()
+    torch.testing.assert_close(out_nan[:, ~sees], out[:, ~sees])
+    torch.testing.assert_close(lse_nan[..., ~sees], lse[..., ~sees])
+    assert torch.equal(out_nan[:, :, 1], out[:, :, 1]) and torch.equal(lse_nan[:, 1], lse[:, 1])
+
+
 def test_bits_beyond_the_first_maximum(device, dtype):
     """The running maximum of the online softmax rises in every block of keys, or falls from the first on."""
     q, k, v = cases.make(device, dtype, batch=1, seqlen_q=130, seqlen_k=700, head_dim=64)

@@ -81,6 +81,48 @@ def test_varlen_gradients(device, dtype):
         assert (grads[name][:70] == 0).all() and (grads[name][-9:] == 0).all(), name
 
 
+# Batch, seqlen and head_dim: on a GPU with 16 heads whole heads, additions, and second passes of every kind.
+CHAINED = {
+    "cpu": [(1, 80, 32)],
+    "cuda": [(1, 200, 64), (1, 1100, 64), (8, 300, 64), (1, 300, 128), (2, 1100, 128), (2, 300, 192), (2, 300, 256)],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["full", "causal"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_calls_that_feed_each_other(device, dtype, options, deterministic):
+    """Each call takes what the one before writes last, in memory full of NaN. On a GPU a kernel starts while the one
+    before it ends, and must not read too early: the same with a pause after every call, and with all of them queued."""
+    ops = torch.ops.tilewright
+    on_gpu = device == "cuda"
+    for batch, seqlen, head_dim in CHAINED[device]:
+        heads = 16 if on_gpu else 2
+        q, k, v = cases.make(device, dtype, batch=batch, seqlen_q=seqlen, heads_q=heads, head_dim=head_dim)
+        dout = torch.randn_like(q)
+
+        def chain(pause, q=q, k=k, v=v, dout=dout):
+            poison(q, k, v, dout)
+            if on_gpu:
+                torch.cuda._sleep(3_000_000)  # the host gets far ahead
+            results = []
+            for _ in range(3):
+                out, lse = ops.attention(q, k, v, **options)
+                pause()
+                grads = ops.attention_backward(dout, None, q, k, v, out, lse, deterministic=deterministic, **options)
+                pause()
+                results += [out, lse, *grads[:3]]
+                q, dout = out, grads[0]
+            return results
+
+        apart = chain(torch.cuda.synchronize if on_gpu else lambda: None)
+        for _ in range(4):
+            for x, y in zip(chain(lambda: None), apart, strict=True):
+                if deterministic or not on_gpu:
+                    assert torch.equal(x, y), (batch, seqlen, head_dim)
+                else:
+                    assert (x.double() - y.double()).norm() <= 0.01 * y.double().norm(), (batch, seqlen, head_dim)
+
+
 MASKS = [{}, {"causal": True}, {"window": (70, 10), "sink_tokens": 3}, {"causal": True, "window": (150, 0)}]
 # Of the GPU's kernels; a few tiles of keys, so that several blocks add to the same rows of dq where there is no second
 # pass. (test_additions in test_gradients.py has the kernels that have one here.)

@@ -121,14 +121,14 @@ def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole, waiting)
 
 @pytest.mark.parametrize(
     "head_dim, softcap, causal, longest, longest_deterministic",
-    [(96, False, False, 512, 1024), (96, False, True, 1024, 4096), (128, False, False, 512, 1024),
-     (128, False, True, 1024, 4096), (256, False, False, 1 << 20, 1 << 20), (256, True, True, 1 << 20, 1 << 20),
+    [(96, False, False, 512, 1024), (96, False, True, 1024, 2048), (128, False, False, 512, 1024),
+     (128, False, True, 1024, 2048), (256, False, False, 1 << 20, 1 << 20), (256, True, True, 1 << 20, 1 << 20),
      (128, True, True, 0, 0)],
 )  # fmt: skip
 def test_choice_of_the_second_pass(head_dim, softcap, causal, longest, longest_deterministic):
     """At head_dim 256 always, at 96 and 128 in short sequences, in longer ones where blocks would wait otherwise."""
     for deterministic, last in ((False, longest), (True, longest_deterministic)):
-        for seqlen in (1, 500, 513, 1024, 1025, 4096, 4097, 1 << 20):
+        for seqlen in (1, 500, 513, 1024, 1025, 2048, 2049, 1 << 20):
             problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0 if causal else None}
             tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, deterministic=deterministic)
             assert tile["second_pass"] == (seqlen <= last)

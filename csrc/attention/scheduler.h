@@ -51,7 +51,7 @@ struct TileOrder {
 
   // The same groups, but the shorter half of a group's tiles takes turns with the longer half of the next one's: tiles
   // of all lengths at any time, with few heads. For each head the tiles come in the same order as above.
-  TILEWRIGHT_HOST_DEVICE Tile at_overlapping(int index, int tiles) const {
+  TILEWRIGHT_HOST_DEVICE constexpr Tile at_overlapping(int index, int tiles) const {
     const int in_group = static_cast<int>(head_group.divisor);
     const int longer = (tiles + 1) / 2, shorter = tiles - longer;
     // Stage n holds the longer tiles of group n and the shorter ones of group n - 1. The last has only shorter ones,
@@ -88,5 +88,20 @@ struct TileOrder {
     return {heads, Divisor::of(static_cast<int>(std::min<int64_t>(group * heads_per_kv, heads)))};
   }
 };
+
+// Whether the order of overlapping groups visits all tiles of all heads once, and those of a head in their order.
+constexpr bool at_overlapping_is_an_order(int heads, int head_group, int tiles) {
+  const TileOrder order{heads, Divisor::of(head_group)};
+  int next[16] = {};  // of each head
+  for (int index = 0; index < heads * tiles; ++index) {
+    const TileOrder::Tile at = order.at_overlapping(index, tiles);
+    if (at.head < 0 || at.head >= heads || at.tile != next[at.head]++) return false;
+  }
+  return true;
+}
+static_assert(at_overlapping_is_an_order(12, 3, 4) && at_overlapping_is_an_order(12, 4, 5) &&
+              at_overlapping_is_an_order(11, 4, 5) && at_overlapping_is_an_order(13, 6, 8) &&
+              at_overlapping_is_an_order(7, 3, 1) && at_overlapping_is_an_order(3, 3, 7) &&
+              at_overlapping_is_an_order(5, 1, 2) && at_overlapping_is_an_order(1, 1, 1));
 
 }  // namespace tilewright

@@ -25,6 +25,13 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
+// NaN if one of them is.
+__device__ __forceinline__ float minimum(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // The lowest `count` bits, all from 32 on; count >= 0.
 __device__ __forceinline__ uint32_t low_bits(int count) {
   uint32_t bits;

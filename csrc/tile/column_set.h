@@ -10,11 +10,8 @@ namespace tilewright {
 struct ColumnSet {
   uint32_t bits;
 
-  // Those before `end`; columns are counted from the thread's first, as in Accumulator::column_of.
-  __device__ __forceinline__ static ColumnSet before(int end) {
-    const int columns = max(end, 0);
-    return {ptx::low_bits(columns / 8 * 2 + min(columns % 8, 2))};
-  }
+  // Those before `end`, which counts from the thread's first.
+  __device__ __forceinline__ static ColumnSet before(int end) { return {ptx::low_bits(columns_before(max(end, 0)))}; }
   __device__ __forceinline__ ColumnSet operator&(ColumnSet other) const { return {bits & other.bits}; }
   __device__ __forceinline__ ColumnSet operator|(ColumnSet other) const { return {bits | other.bits}; }
   __device__ __forceinline__ ColumnSet operator~() const { return {~bits}; }
@@ -27,8 +24,7 @@ __device__ __forceinline__ void replace_other_columns(Accumulator<kColumns>& X, 
   static_assert(kColumns / 4 <= 32, "a row's columns of a thread have a bit each");
 #pragma unroll
   for (int i = 0; i < X.kValues; ++i) {
-    const int column = i / 4 * 2 + i % 2;
-    if (!(kept[X.row_half(i)].bits >> column & 1)) X.values[i] = value;
+    if (!(kept[X.row_half(i)].bits >> X.nth_column(i) & 1)) X.values[i] = value;
   }
 }
 

@@ -6,6 +6,9 @@
 
 namespace tilewright {
 
+// How many of a thread's columns of an accumulator lie before `end` >= 0, which counts from column().
+__device__ __forceinline__ int columns_before(int end) { return end / 8 * 2 + min(end % 8, 2); }
+
 // The float32 accumulator of one warpgroup: 64 rows × kColumns. A thread holds two rows, `row()` and `row() + 8`, and
 // of each the columns 8 j + column() and + 1: values[4 j + 2 (row half) + (column parity)].
 template <int kCols>
@@ -17,8 +20,8 @@ struct Accumulator {
   __device__ __forceinline__ static int row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
   __device__ __forceinline__ static int column(int thread) { return thread % 4 * 2; }
   __device__ __forceinline__ static constexpr int row_half(int i) { return i / 2 % 2; }
-  // Of values[i], less the thread's column().
-  __device__ __forceinline__ static constexpr int column_of(int i) { return i / 4 * 8 + i % 2; }
+  // Which of the thread's columns values[i] lies in.
+  __device__ __forceinline__ static constexpr int nth_column(int i) { return i / 4 * 2 + i % 2; }
 
   // The asynchronous products write these registers behind the compiler's back: an access must not move across.
   __device__ __forceinline__ void pin() {

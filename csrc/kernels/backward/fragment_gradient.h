@@ -2,6 +2,7 @@
 
 #include <math_constants.h>
 
+#include "attention/softcap.h"
 #include "attention/visible_columns.h"
 #include "ptx/math.h"
 #include "tile/fragment.h"
@@ -29,22 +30,15 @@ __device__ __forceinline__ void mask_scores(Accumulator<kQueries>& S, const Visi
   replace_other_columns(S, seeing, -CUDART_INF_F);
 }
 
-// softcap: S ← t = tanh(score_scale S) = 1 - 2 / (1 + exp(2 score_scale S)), slope ← 1 - t²
+// softcap: S ← t = tanh(score_scale S), slope ← 1 - t²
 template <class Element, int kQueries>
 __device__ __forceinline__ void cap_scores(Accumulator<kQueries>& S, OperandA<Element, kQueries>& slope,
                                            float score_scale) {
-  constexpr float kTwoLog2e = 2.88539008177793f;
-  const float factor = score_scale * kTwoLog2e;
+  Softcap::of(score_scale).each(S);
 #pragma unroll
   for (int i = 0; i < S.kValues; i += 2) {
-    float derivative[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float& t = S.values[i + e];
-      t = fmaf(-2.f, ptx::reciprocal(1.f + ptx::exp2(t * factor)), 1.f);
-      derivative[e] = fmaf(-t, t, 1.f);
-    }
-    slope.steps[i / 8][i % 8 / 2] = ptx::pack<Element>(derivative[0], derivative[1]);
+    const float* t = &S.values[i];
+    slope.steps[i / 8][i % 8 / 2] = ptx::pack<Element>(fmaf(-t[0], t[0], 1.f), fmaf(-t[1], t[1], 1.f));
   }
 }
 

@@ -47,6 +47,7 @@ struct Shape {
   int64_t head_group;  // heads at work at the same time
   int64_t head_groups;
   int64_t ahead;  // see Zeros
+  bool waiting;   // a block may wait for another: for its turn, or for zeros
 };
 
 // Whole heads come in their order: all are as long. Else: key tiles of one length run best one head after the other:
@@ -78,6 +79,8 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   const bool before = shape.turns || shape.packed || (shape.uneven && shape.tile.add_dq == AddDq::kRegisters);
   const int64_t tiles = std::max<int64_t>(shape.head_group * shape.key_tiles, 1);
   shape.ahead = before ? shape.head_groups : 1 + (blocks * 3 / 2 + tiles - 1) / tiles;
+  const bool zeros_meanwhile = !shape.second_pass && !shape.whole_heads && shape.ahead < shape.head_groups;
+  shape.waiting = shape.turns || zeros_meanwhile;
 }
 
 // Of a packed batch the host knows the mean length.
@@ -184,6 +187,7 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   kernel.order = {static_cast<int>(shape.heads_kv), Divisor::of(static_cast<int>(shape.head_group))};
   kernel.overlapping = shape.overlapping;
   kernel.next_tile = w.next_tile;
+  kernel.waiting = shape.waiting;
   kernel.dq = shape.whole_heads ? p.dq : nullptr;
   kernel.dk_rows = p.dk;
   kernel.dv_rows = p.dv;

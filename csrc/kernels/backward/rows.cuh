@@ -116,8 +116,8 @@ struct RowStats {
 // a tile.
 template <class Element, int kHeadDim, int kHeadDimV, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constant__ RowParams p) {
-  ptx::launch_dependent_grids();
   const RowTile tile = RowTile::after_wait<kTileM>(p);  // the call before may still read what is written here
+  ptx::launch_dependent_grids();                        // and the next kernel loads what the call was given at once
   if (threadIdx.x == 0) {
     if (tile.number == 0) p.next_tile[0] = p.next_tile[1] = 0;
     if (p.zero_shares && tile.number < p.head_groups) p.zero_shares[tile.number] = 0;

@@ -76,7 +76,7 @@ constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) 
   const int length = max_of(problem.seqlen_q, problem.seqlen_k);
   const int64_t tiles = problem.heads * ceil_div(length, 128) * (problem.full() ? 2 : 1);
   const bool few = 2 * problem.heads <= problem.multiprocessors && tiles <= 2 * problem.multiprocessors;
-  const int longest_free = problem.full() ? 512 : 1024, longest_fixed = problem.full() ? 1024 : 4096;
+  const int longest_free = problem.full() ? 512 : 1024, longest_fixed = problem.full() ? 1024 : 2048;
   if (few && (head_dim > 64 || length <= longest_free)) return true;
   return head_dim > 64 && length <= (problem.deterministic ? longest_fixed : longest_free);
 }

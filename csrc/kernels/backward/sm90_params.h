@@ -71,6 +71,7 @@ struct KernelParams {
   int tiles;                     // of keys, of one head; packed: see num_packed
   int head_tiles;                // of queries, of one head; packed: of all parts
   int* next_tile;                // the counter that blocks take tiles from; whole heads: not used
+  bool waiting;                  // a block may wait for what comes with a tile that another has taken
   const PackedPairTile* packed;  // the work list of a packed batch, or null
   const int* num_packed;         // its length
   Divisor heads_kv;

@@ -21,9 +21,11 @@ struct Producer {
   __device__ __forceinline__ void run() {
     // Where blocks wait for each other, each must be at work on what it has taken: even the first tile comes from the
     // counter. Else neighbours begin with neighbouring tiles, and read the same rows at the same time; and the first
-    // tile of a plain batch is known before the kernel before has ended.
-    if (!C::kSecondPass || p.packed) start();
-    int index = p.dq ? static_cast<int>(blockIdx.x) * p.tiles : C::kSecondPass ? static_cast<int>(blockIdx.x) : take();
+    // tile of a plain batch is known before the kernel before has ended, and loaded but for what that one computes.
+    const bool early = !waiting() && !p.packed;
+    if (!early) start();
+    const int first = static_cast<int>(blockIdx.x);
+    int index = p.dq ? first * p.tiles : waiting() ? take() : first;
     uint32_t number = 0, loaded = 0;
     while (index < p.tiles_of_head() * p.order.heads) {
       TileWork& work = next_slot(number);
@@ -32,11 +34,12 @@ struct Producer {
       work.last = false;
       describe(work, index);
       if (p.dq) describe_sums(work);
-      if (C::kSecondPass && number == 0) start();
+      const bool starts = early && number == 0;
+      if (starts && work.walk.count == 0) start();  // its gradients are written at once
       publish(work.number);
-      load_tile(work);
+      load_tile(work, starts);
       // Not before: with turns others wait for a tile from when it has been taken.
-      index = p.dq ? work.next : take() + (C::kSecondPass ? blocks() : 0);
+      index = p.dq ? work.next : take() + (waiting() ? 0 : blocks());
       number = work.number + 1;
       loaded = work.loaded + (work.walk.count > 0);
     }
@@ -44,11 +47,13 @@ struct Producer {
     publish(number);
   }
 
-  // From here on memory is read. A second pass may start as soon as all blocks know that what both read is there.
+  // From here on memory is written, and read that the kernel before has written. A second pass may start as soon as all
+  // blocks know that what both read is there.
   __device__ __forceinline__ static void start() {
     ptx::wait_for_prerequisite_grids();
     if constexpr (C::kSecondPass) ptx::launch_dependent_grids();
   }
+  __device__ __forceinline__ bool waiting() const { return !C::kSecondPass && p.waiting; }
   __device__ __forceinline__ bool in_turns() const { return !C::kSecondPass && p.turns; }
   __device__ __forceinline__ int take() const { return atomicAdd(p.next_tile, 1); }
 
@@ -125,7 +130,9 @@ struct Producer {
 
   // Q_0 V dO_0 K Q_1 dO_1 …: the buffers of Q, dO and V become free before the tile of keys in work is done, K's only
   // with its last product. Where K has two buffers, or is free as early, it goes first.
-  __device__ __forceinline__ void load_tile(const TileWork& work) {
+  // `starts`: behind the first loads, of what the call was given. It is there: the kernel before has let this one begin
+  // when all before it had ended.
+  __device__ __forceinline__ void load_tile(const TileWork& work, bool starts) {
     for (int head = 0; head < p.group; ++head) {
       for (int step = 0; step < work.walk.count; ++step) {
         const bool first = head == 0 && step == 0;
@@ -148,16 +155,22 @@ struct Producer {
         ptx::mbarrier_wait(C::kWide ? &shared.dout_empty[stage] : &shared.q_empty[stage], empty_parity);
         load_shared(shared.q_of(steps), &p.q, &shared.q_full[stage], head_q, work.query(p.packed, tile * C::kTileM),
                     kStatBytes);
-        load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
+        if (!starts) load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
 
         if (first) load_v(work);
 
         ptx::mbarrier_wait(C::kWide ? &shared.q_empty[stage] : &shared.dout_empty[stage], empty_parity);
         load_shared(shared.dout_of(steps), &p.dout, &shared.dout_full[stage], head_q,
                     work.query(p.packed, tile * C::kTileM), kStatBytes);
-        load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
+        if (!starts) load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
 
         if (first && !kEarlyK) load_k(work);
+        if (starts) {
+          start();
+          load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
+          load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
+          starts = false;
+        }
         ++steps;
       }
     }

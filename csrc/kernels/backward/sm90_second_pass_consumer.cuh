@@ -2,6 +2,7 @@
 
 #include <math_constants.h>
 
+#include "attention/softcap.h"
 #include "attention/visible_columns.h"
 #include "kernels/backward/sm90_second_pass_config.cuh"
 #include "ptx/ldmatrix.h"
@@ -196,12 +197,12 @@ struct SecondPassConsumer {
 
   // S ← P = 2^(to_log2 S - lse2); with softcap S ← P ∘ (1 - t²), of t = tanh(score_scale S)
   __device__ __forceinline__ void exponentiate(Scores& S) {
-    constexpr float kTwoLog2e = 2.88539008177793f;
+    const Softcap softcap = Softcap::of(p.first.score_scale);
 #pragma unroll
     for (int i = 0; i < S.kValues; ++i) {
       float& x = S.values[i];
       if constexpr (C::kSoftcap) {
-        const float t = fmaf(-2.f, ptx::reciprocal(1.f + ptx::exp2(x * (p.first.score_scale * kTwoLog2e))), 1.f);
+        const float t = softcap(x);
         x = ptx::exp2(fmaf(t, p.first.to_log2, -lse2[S.row_half(i)])) * fmaf(-t, t, 1.f);
       } else {
         x = ptx::exp2(fmaf(x, p.first.to_log2, -lse2[S.row_half(i)]));

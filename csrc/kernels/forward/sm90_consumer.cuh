@@ -2,6 +2,7 @@
 
 #include <math_constants.h>
 
+#include "attention/softcap.h"
 #include "kernels/forward/fragment_edge.h"
 #include "kernels/forward/sm90_config.cuh"
 #include "ptx/ldmatrix.h"
@@ -273,14 +274,14 @@ struct Consumer {
     your_turn();
     ptx::wgmma_wait<1>();
     S.pin();
-    transform_scores();
+    transform_full_scores();
     ptx::wgmma_wait<0>();
     O.pin();
     release_v();
     exponentiate(C::kTileN);
     if (__any_sync(~0u, softmax.block_overflowed())) {
       compute_S_again();
-      transform_scores();
+      transform_full_scores();
       float correction[2];
       softmax.raise(S, p.to_log2, correction);
       exponentiate(C::kTileN);
@@ -379,16 +380,12 @@ struct Consumer {
 
   // --- scores -------------------------------------------------------------------------------------------------------
 
-  // softcap: S ← tanh(score_scale S) = 1 - 2 / (1 + exp(2 score_scale S)), to about 1e-7
+  // softcap, of a block that not all rows see.
   __device__ __forceinline__ void transform_scores() {
-    if constexpr (C::kSoftcap) {
-      constexpr float kTwoLog2e = 2.88539008177793f;
-      const float factor = p.score_scale * kTwoLog2e;
-#pragma unroll
-      for (int i = 0; i < S.kValues; ++i) {
-        S.values[i] = fmaf(-2.f, ptx::reciprocal(1.f + ptx::exp2(S.values[i] * factor)), 1.f);
-      }
-    }
+    if constexpr (C::kSoftcap) Softcap::of(p.score_scale).each(S);
+  }
+  __device__ __forceinline__ void transform_full_scores() {
+    if constexpr (C::kSoftcap) Softcap::of(p.score_scale).by_fours(S);
   }
 
   // Whether any row of the warpgroup sees a key of the block of step `at`.
