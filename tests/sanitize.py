@@ -88,7 +88,7 @@ def backward_problems():
     yield Problem(64, 64, [70, 1] * 20, [200, 300] * 20, True, window), True
     yield Problem(96, 96, [600] * 20, [600] * 20, False, {}), False
     yield Problem(128, 128, [600] * 20, [600] * 20, False, {}), False
-    yield Problem(128, 128, [90] * 3, [4100] * 3, False, window), True
+    yield Problem(128, 128, [90] * 3, [4100] * 3, False, {**window, "window": (1090, 5)}), True
     yield Problem(72, 40, [150], [301], False, {"causal": True}), True
     yield Problem(64, 64, [0], [70], False, {}), False
     yield Problem(128, 128, [70], [0], False, {}), True

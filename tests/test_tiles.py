@@ -121,17 +121,28 @@ def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole, waiting)
 
 @pytest.mark.parametrize(
     "head_dim, softcap, causal, longest, longest_deterministic",
-    [(96, False, False, 512, 1024), (96, False, True, 1024, 2048), (128, False, False, 512, 1024),
-     (128, False, True, 1024, 2048), (256, False, False, 1 << 20, 1 << 20), (256, True, True, 1 << 20, 1 << 20),
+    [(96, False, False, 512, 1024), (96, False, True, 1536, 2048), (128, False, False, 512, 1024),
+     (128, False, True, 1536, 2048), (256, False, False, 1 << 20, 1 << 20), (256, True, True, 1 << 20, 1 << 20),
      (128, True, True, 0, 0)],
 )  # fmt: skip
 def test_choice_of_the_second_pass(head_dim, softcap, causal, longest, longest_deterministic):
     """At head_dim 256 always, at 96 and 128 in short sequences, in longer ones where blocks would wait otherwise."""
     for deterministic, last in ((False, longest), (True, longest_deterministic)):
-        for seqlen in (1, 500, 513, 1024, 1025, 2048, 2049, 1 << 20):
+        for seqlen in (1, 500, 513, 1024, 1025, 1536, 1537, 2048, 2049, 1 << 20):
             problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0 if causal else None}
             tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, deterministic=deterministic)
             assert tile["second_pass"] == (seqlen <= last)
+
+
+@pytest.mark.parametrize("deterministic, widest", [(False, 768), (True, 1024)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_choice_of_the_second_pass_with_a_window(head_dim, deterministic, widest):
+    """At head_dim 96 and 128 as in a causal sequence of twice its size."""
+    for left, right in ((widest, 0), (100, widest - 100), (widest + 1, 0), (0, widest + 1), (8192, widest)):
+        tile = _tilewright.backward_tile(
+            head_dim, head_dim, False, 8192, 8192, window_left=left, window_right=right, deterministic=deterministic
+        )
+        assert tile["second_pass"] == (head_dim > 64 and left + right <= widest)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -140,15 +151,64 @@ def test_choice_of_the_second_pass(head_dim, softcap, causal, longest, longest_d
 )
 def test_choice_of_the_second_pass_for_few_heads(head_dim, heads, longest, longest_causal):
     """Where neither heads nor tiles fill the multiprocessors, with the heads of queries counted; not in long sequences
-    of head_dim 64."""
-    for right, last, in_any_case in ((None, longest, 512), (0, longest_causal, 1024)):
-        last = max(last, in_any_case) if head_dim > 64 else min(last, in_any_case)
-        for seqlen in (1, 128, 129, max(last, 1), last + 1, 1 << 20):
-            problem = {"seqlen_q": seqlen, "seqlen_k": 70, "window_right": right, "packed": True}
-            for grouped in ({"heads_kv": heads}, {"heads_kv": 1, "group": heads}):
+    of head_dim 64. Above, where heads that share keys are cut into splits, in sequences of up to 2,048."""
+    for causal, few, (always, with_splits) in ((False, longest, (512, 512)), (True, longest_causal, (1536, 2048))):
+        for grouped in ({"heads_kv": heads}, {"heads_kv": 1, "group": heads}):
+            last = max(few, with_splits if "group" in grouped else always)
+            if head_dim == 64:
+                last = min(few, 1024 if causal else 512)
+            for seqlen in (1, 128, 129, max(last, 1), last + 1, 1 << 20):
+                problem = {"seqlen_q": seqlen, "seqlen_k": 70, "packed": True, "window_right": 0 if causal else None}
                 tile = _tilewright.backward_tile(head_dim, head_dim, False, **problem, **grouped)
                 assert tile["second_pass"] == (seqlen <= last)
                 assert not _tilewright.backward_tile(head_dim, head_dim, True, **problem, **grouped)["second_pass"]
+
+
+@given(
+    head_dim=head_dims,
+    softcap=st.booleans(),
+    seqlen=st.integers(1, 9000),
+    causal=st.booleans(),
+    heads_kv=st.integers(1, 300),
+    group=st.integers(1, 16),
+    deterministic=st.booleans(),
+)
+def test_choice_of_splits(head_dim, softcap, seqlen, causal, heads_kv, group, deterministic):
+    """As few as leave seven tiles to four multiprocessors, or three beside a second pass of few tiles, and without one
+    seven query heads to a tile; or, where all tiles are alike, the fewest that make the rounds shorter by a tenth."""
+    problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0 if causal else None}
+    tile = _tilewright.backward_tile(
+        head_dim, head_dim, softcap, **problem, heads_kv=heads_kv, group=group, deterministic=deterministic
+    )
+    tiles = heads_kv * -(-seqlen // tile["tile_n"])
+    divisors = [n for n in range(1, group + 1) if group % n == 0]
+
+    def length(splits):
+        return -(-tiles * splits // 132) * (group // splits)
+
+    wanted = 1
+    if tile["whole_heads"]:
+        pass
+    elif causal:
+        beside = tile["second_pass"] and heads_kv * group * -(-seqlen // 128) <= 2 * 132
+        enough = 132 * (3 if beside else 7) / 4
+        most = group if tile["second_pass"] else 7
+        wanted = next((n for n in divisors if group // n <= most and tiles * n >= enough), group)
+    else:
+        for n in divisors:
+            if 10 * length(n) <= 9 * length(wanted):
+                wanted = n
+    assert tile["splits"] == wanted
+
+
+@pytest.mark.parametrize(
+    "heads_kv, group, seqlen, splits", [(4, 7, 2048, 7), (8, 4, 2048, 2), (8, 8, 2048, 2), (16, 4, 8192, 1),
+                                        (8, 7, 8192, 1), (16, 8, 8192, 2), (32, 1, 2048, 1), (1, 8, 4096, 4)],
+)  # fmt: skip
+def test_splits_of_common_problems(heads_kv, group, seqlen, splits):
+    """The heads of Qwen2.5-7B, Llama-3-8B and -70B, causal, on an H200."""
+    problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0, "heads_kv": heads_kv, "group": group}
+    assert _tilewright.backward_tile(128, 128, **problem)["splits"] == splits
 
 
 bounds = st.none() | st.integers(0, 300)

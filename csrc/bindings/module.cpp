@@ -63,17 +63,21 @@ pybind11::dict backward_tile(int head_dim, int head_dim_v, bool softcap, int seq
                                             window_right.value_or(unbounded.right),
                                             deterministic,
                                             heads_kv * group,
+                                            heads_kv,
                                             multiprocessors};
   const int index = tilewright::select_backward_tile(problem);
   if (index < 0) throw pybind11::value_error("head_dim and head_dim_v must be at most 256");
   const tilewright::BackwardTile& tile = tilewright::kBackwardTiles[index];
   const tilewright::BackwardHeads heads{
       packed, deterministic && !problem.full(), heads_kv, group, seqlen_q, seqlen_k, multiprocessors};
+  const bool whole_heads = tilewright::takes_whole_heads(tile, heads);
+  const int64_t tiles = heads_kv * tilewright::ceil_div(seqlen_k, tile.tile_n);
+  const bool uneven = packed || !problem.full();
   return pybind11::dict("head_dim"_a = tile.head_dim, "head_dim_v"_a = tile.head_dim_v, "tile_m"_a = tile.tile_m,
                         "tile_n"_a = tile.tile_n, "stages"_a = tile.stages, "stages_k"_a = tile.stages_k,
                         "bulk"_a = tile.add_dq == tilewright::AddDq::kBulk,
-                        "second_pass"_a = tile.add_dq == tilewright::AddDq::kSecondPass,
-                        "whole_heads"_a = tilewright::takes_whole_heads(tile, heads));
+                        "second_pass"_a = tile.add_dq == tilewright::AddDq::kSecondPass, "whole_heads"_a = whole_heads,
+                        "splits"_a = whole_heads ? 1 : tilewright::select_splits(tile, heads, tiles, uneven));
 }
 
 // How the backward walks one sequence, tile of keys after tile of keys: the tiles of queries [begin, end) that it
@@ -107,8 +111,8 @@ PYBIND11_MODULE(_tilewright, module) {
       pybind11::arg("window_left") = pybind11::none(), pybind11::arg("window_right") = pybind11::none(),
       pybind11::arg("packed") = false, pybind11::arg("deterministic") = false, pybind11::arg("heads_kv") = 64,
       pybind11::arg("group") = 1, pybind11::arg("multiprocessors") = 132,
-      "The tile that the Hopper backward uses for a problem, whether dQ has a second pass, and whether a block takes "
-      "whole heads; heads_kv are counted over the batch.");
+      "The tile that the Hopper backward uses for a problem, whether dQ has a second pass, whether a block takes whole "
+      "heads, and into how many splits the query heads of a key head are cut; heads_kv are counted over the batch.");
   module.def("backward_walk", &backward_walk, pybind11::arg("seqlen_q"), pybind11::arg("seqlen_k"),
              pybind11::arg("tile_m"), pybind11::arg("tile_n"), pybind11::arg("window_left") = pybind11::none(),
              pybind11::arg("window_right") = pybind11::none(), pybind11::arg("sink_tokens") = 0,

@@ -17,8 +17,8 @@
 namespace tilewright {
 namespace {
 
+using backward::kConsumerWarps;
 using backward::KernelParams;
-using backward::kSecondTileM;
 using backward::kSecondTileN;
 using backward::Launch;
 using backward::PackedPairTile;
@@ -33,21 +33,23 @@ struct Shape {
   BackwardTile tile;
   int index;  // in kBackwardTiles
   bool packed;
-  int64_t head_tiles;  // of queries, of one head; packed: of all parts
-  int64_t row_tiles;   // of all heads
-  int64_t key_tiles;   // of one head; packed: at most, of all parts
-  int64_t heads_kv;    // times batch; packed: heads
-  bool uneven;         // tiles of keys that not all queries see
-  BackwardHeads heads;
-  bool second_pass;    // for dQ
-  bool turns;          // blocks add to its sums in
-  bool overlapping;    // groups of heads
-  int64_t steps;       // of a tile of keys, about, where not all queries see all keys
-  bool whole_heads;    // a block takes
-  int64_t head_group;  // heads at work at the same time
+  int64_t head_tiles;   // of queries, of one head; packed: of all parts
+  int64_t row_tiles;    // of all heads
+  int64_t key_tiles;    // of one head; packed: at most, of all parts
+  int64_t heads_kv;     // times batch, and splits; packed: times splits
+  bool edges;           // not every query of a sequence sees every key
+  bool uneven;          // tiles of keys differ in length
+  BackwardHeads heads;  // with splits the group is one of them
+  int splits;           // of the query heads of a key head
+  bool second_pass;     // for dQ
+  bool turns;           // blocks add to its sums in
+  bool overlapping;     // groups of heads
+  int64_t steps;        // of a tile of keys, about, where not all queries see all keys
+  bool whole_heads;     // a block takes
+  int64_t head_group;   // heads at work at the same time
   int64_t head_groups;
   int64_t ahead;  // see Zeros
-  bool waiting;   // a block may wait for another: for its turn, or for zeros
+  bool waiting;   // a block may wait for another: for its turn, for zeros, or for another split's sum
 };
 
 // Whole heads come in their order: all are as long. Else: key tiles of one length run best one head after the other:
@@ -60,34 +62,43 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   const int64_t bytes_a_head =
       int64_t{std::max(p.seqlen_q, 1)} * shape.heads.group * (6 * p.head_dim + 2 * p.head_dim_v);
   const int64_t fitting = std::max<int64_t>(1, kGroupBytes / bytes_a_head);
+  const auto over = [](int64_t a, int64_t b) { return (a + b - 1) / std::max<int64_t>(b, 1); };
   const int64_t few = blocks * 8 / p.head_dim;  // a step takes longer with more columns
-  const int64_t needed = (blocks * 3 / 2 + shape.key_tiles) / std::max<int64_t>(shape.key_tiles, 1);
-  int64_t heads = shape.uneven ? std::max(std::min(fitting, needed), 2 * few) : 1;
+  const int64_t needed = 1 + blocks * 3 / 2 / std::max<int64_t>(shape.key_tiles, 1);
+  // Of a packed batch all sequences come with a head: fewer heads are enough. Where every query sees every key, only
+  // the last tiles leave gaps.
+  const int64_t sequences = shape.packed ? std::max(p.batch, 1) : 1;
+  const int64_t least = !shape.packed ? 2 * few
+                        : shape.edges ? over(2 * few, sequences)
+                                      : std::min(2 * few, over(4 * blocks, shape.key_tiles));
+  int64_t heads = shape.uneven ? std::max(std::min(fitting, needed), least) : 1;
   if (shape.turns) {
     const int64_t even = std::clamp(fitting * 3 / 2, blocks / 8, blocks / 4);
-    const int64_t overlapping = std::max(blocks * 7 / (4 * (shape.steps + 2)), blocks / 22);
+    const int64_t at_once = std::max(blocks * 7 / (4 * (shape.steps + 2)), blocks / 22);
+    const int64_t overlapping = shape.edges ? over(at_once, sequences) : at_once;
     shape.overlapping = shape.uneven && shape.heads_kv >= 6 * overlapping;
     const int64_t most = std::max<int64_t>(!shape.uneven ? even : shape.overlapping ? overlapping : shape.heads_kv, 1);
     // Groups of one size, nearly: few heads left over would wait longest.
-    const int64_t groups = std::max<int64_t>((shape.heads_kv + most - 1) / most, 1);
-    heads = (shape.heads_kv + groups - 1) / groups;
+    const int64_t groups = std::max<int64_t>(over(shape.heads_kv, most), 1);
+    heads = over(shape.heads_kv, groups);
   }
   shape.head_group = shape.whole_heads ? 1 : std::max<int64_t>(std::min(heads, shape.heads_kv), 1);
-  shape.head_groups = (shape.heads_kv + shape.head_group - 1) / shape.head_group;
+  shape.head_groups = over(shape.heads_kv, shape.head_group);
   // Zeros come so early that nobody waits for them. Where the additions set the pace anyway, they cost less before the
   // main kernel; and there they are for a packed batch. With turns there are none.
-  const bool before = shape.turns || shape.packed || (shape.uneven && shape.tile.add_dq == AddDq::kRegisters);
+  const bool before =
+      shape.turns || shape.packed || shape.splits > 1 || (shape.uneven && shape.tile.add_dq == AddDq::kRegisters);
   const int64_t tiles = std::max<int64_t>(shape.head_group * shape.key_tiles, 1);
-  shape.ahead = before ? shape.head_groups : 1 + (blocks * 3 / 2 + tiles - 1) / tiles;
+  shape.ahead = before ? shape.head_groups : 1 + over(blocks * 3 / 2, tiles);
   const bool zeros_meanwhile = !shape.second_pass && !shape.whole_heads && shape.ahead < shape.head_groups;
-  shape.waiting = shape.turns || zeros_meanwhile;
+  shape.waiting = shape.turns || shape.splits > 1 || zeros_meanwhile;
 }
 
 // Of a packed batch the host knows the mean length.
 cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.packed = p.cu_seqlens_q != nullptr;
   const int sequences = shape.packed ? std::max(p.batch, 1) : 1;
-  const int64_t heads = int64_t{p.heads_q} * (shape.packed ? sequences : p.batch);
+  const int64_t times = shape.packed ? sequences : p.batch;
   int blocks = 0;
   const cudaError_t status = multiprocessors(blocks);
   if (status != cudaSuccess) return status;
@@ -99,7 +110,8 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
                                 p.window.left,
                                 p.window.right,
                                 p.deterministic,
-                                heads,
+                                times * p.heads_q,
+                                times * p.heads_kv,
                                 blocks};
   shape.index = select_backward_tile(problem);
   if (shape.index < 0) return cudaErrorInvalidValue;
@@ -111,14 +123,21 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
       shape.packed ? max_packed_tiles(p.seqlen_k, p.batch, shape.tile.tile_n) : ceil_div(p.seqlen_k, shape.tile.tile_n);
   shape.row_tiles = shape.head_tiles * p.heads_q * batch;
   shape.heads_kv = int64_t{p.heads_kv} * batch;
-  if (shape.row_tiles > INT32_MAX || shape.key_tiles * shape.heads_kv > INT32_MAX) return cudaErrorInvalidValue;
-  shape.uneven = shape.packed || !problem.full();
+  shape.edges = !problem.full();
+  shape.uneven = shape.packed || shape.edges;
   shape.heads = {
       shape.packed, p.deterministic && shape.uneven, shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k,
       blocks};
   shape.whole_heads = takes_whole_heads(shape.tile, shape.heads);
   shape.second_pass = shape.tile.add_dq == AddDq::kSecondPass;
   shape.turns = p.deterministic && !shape.whole_heads && !shape.second_pass;
+  shape.splits = 1;
+  if (!shape.whole_heads) {
+    shape.splits = select_splits(shape.tile, shape.heads, shape.key_tiles * shape.heads_kv, shape.uneven);
+    shape.heads.group /= shape.splits;
+    shape.heads_kv *= shape.splits;
+  }
+  if (shape.row_tiles > INT32_MAX || shape.key_tiles * shape.heads_kv > INT32_MAX) return cudaErrorInvalidValue;
   const int64_t window =
       std::min<int64_t>(int64_t{p.window.left} + p.window.right + shape.tile.tile_n, problem.seqlen_q);
   const bool one_edge = p.window.left >= problem.seqlen_k || p.window.right >= problem.seqlen_k;
@@ -133,6 +152,10 @@ int64_t second_tiles_of_head(const BackwardParams& p, const Shape& shape) {
   return shape.packed ? max_packed_tiles(p.seqlen_q, p.batch, kSecondTileM) : ceil_div(p.seqlen_q, kSecondTileM);
 }
 
+// Of all key heads, of which each split has its own.
+int64_t key_tiles(const Shape& shape) { return shape.key_tiles * shape.heads_kv / shape.splits; }
+int64_t split_counters(const Shape& shape) { return shape.splits > 1 ? kConsumerWarps * key_tiles(shape) : 0; }
+
 struct Workspace {
   float* dq_sum;
   float* lse2;
@@ -140,6 +163,8 @@ struct Workspace {
   int2* turns;
   int* zero_shares;
   int* next_tile;
+  float* split_sum;
+  int* splits_done;
   int* num_packed;
   int* first_row_q;
   int* first_row_k;
@@ -165,6 +190,10 @@ Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape
   take(w.lse2, rows);
   take(w.delta, rows);
   take(w.next_tile, 2);
+  if (shape.splits > 1) {
+    take(w.split_sum, key_tiles(shape) * shape.tile.tile_n * (shape.tile.head_dim + shape.tile.head_dim_v));
+    take(w.splits_done, split_counters(shape));
+  }
   if (shape.packed) {
     take(w.num_packed, 2);
     take(w.first_row_q, int64_t{p.batch} + 1);
@@ -200,7 +229,11 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   kernel.packed = w.tiles;
   kernel.num_packed = w.num_packed;
   kernel.heads_kv = Divisor::of(p.heads_kv);
-  kernel.group = p.heads_q / p.heads_kv;
+  kernel.all_kv = static_cast<int>(shape.heads_kv / shape.splits);
+  kernel.group = shape.heads.group;
+  kernel.splits = shape.splits;
+  kernel.split_sum = w.split_sum;
+  kernel.splits_done = w.splits_done;
   kernel.seqlen_q = p.seqlen_q;
   kernel.seqlen_k = p.seqlen_k;
   kernel.head_dim = p.head_dim;
@@ -217,18 +250,19 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
 
 void set_second_pass(SecondPassParams& second, const BackwardParams& p, const Shape& shape, const KernelParams& first,
                      const Workspace& w) {
+  const int group = p.heads_q / p.heads_kv;
   second.first = first;
   second.dq = p.dq;
   second.dq_stride = p.dq_stride;
-  second.order = TileOrder::of_queries(p.heads_q * (shape.packed ? 1 : p.batch), first.group,
-                                       p.window.causal(p.seqlen_k), shape.packed ? std::max(p.batch, 1) : 1,
+  second.order = TileOrder::of_queries(p.heads_q * (shape.packed ? 1 : p.batch), group, p.window.causal(p.seqlen_k),
+                                       shape.packed ? std::max(p.batch, 1) : 1,
                                        int64_t{p.seqlen_k} * (p.head_dim + p.head_dim_v) * 2);
   second.tiles = static_cast<int>(second_tiles_of_head(p, shape));
   second.next_tile = w.next_tile + 1;
   second.packed = w.second_tiles;
   second.num_packed = shape.packed ? w.num_packed + 1 : nullptr;
   second.heads_q = Divisor::of(p.heads_q);
-  second.heads_per_kv = Divisor::of(first.group);
+  second.heads_per_kv = Divisor::of(group);
 }
 
 cudaError_t make_tensor_maps(Launch& launch, const BackwardParams& p, const Shape& shape) {
@@ -281,6 +315,8 @@ RowParams row_params(const BackwardParams& p, const Shape& shape, const KernelPa
   rows.zero_shares = w.zero_shares;
   rows.head_groups = static_cast<int>(shape.head_groups);
   rows.turns = kernel.turns;
+  rows.splits_done = kernel.splits_done;
+  rows.split_counters = split_counters(shape);
   if (p.cu_seqlens_q) rows.parts = {w.first_row_q, p.batch, p.seqlen_q};
   rows.next_tile = kernel.next_tile;
   rows.batch = p.cu_seqlens_q ? 1 : p.batch;

@@ -27,10 +27,12 @@ struct RowParams {
   int* zero_shares;    // see Zeros; or null
   int head_groups;     // how many of these counters
   int2* turns;         // see KernelParams
-  PackedParts parts;   // of a packed q, else null
-  int* next_tile;      // two: see KernelParams and SecondPassParams
-  int batch;           // sequences; packed: 1
-  int seqlen_q;        // packed: total_q
+  int* splits_done;    // see KernelParams
+  int64_t split_counters;
+  PackedParts parts;  // of a packed q, else null
+  int* next_tile;     // two: see KernelParams and SecondPassParams
+  int batch;          // sequences; packed: 1
+  int seqlen_q;       // packed: total_q
   int heads_q;
   int head_tiles;
   int head_dim;
@@ -116,12 +118,17 @@ struct RowStats {
 // a tile.
 template <class Element, int kHeadDim, int kHeadDimV, int kTileM>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(const __grid_constant__ RowParams p) {
-  const RowTile tile = RowTile::after_wait<kTileM>(p);  // the call before may still read what is written here
-  ptx::launch_dependent_grids();                        // and the next kernel loads what the call was given at once
+  // The call before may still read what is written here; and the next kernel loads at once what this call was given.
+  const RowTile tile = RowTile::after_wait<kTileM>(p);
+  ptx::launch_dependent_grids();
   if (threadIdx.x == 0) {
     if (tile.number == 0) p.next_tile[0] = p.next_tile[1] = 0;
     if (p.zero_shares && tile.number < p.head_groups) p.zero_shares[tile.number] = 0;
     if (p.turns) p.turns[tile.number] = make_int2(0, 0);
+  }
+  for (int64_t i = int64_t{blockIdx.x} * kRowThreads + threadIdx.x; i < p.split_counters;
+       i += int64_t{gridDim.x} * kRowThreads) {
+    p.splits_done[i] = 0;
   }
   const int rows = tile.in_sequence ? tile.rows : 0;
 

@@ -29,6 +29,8 @@ struct BackwardTile {
   constexpr bool stores_by_copy() const { return add_dq != AddDq::kRegisters && tile_n == 128; }
 };
 
+constexpr int kSecondTileM = 128;  // queries a tile of the second pass
+
 // One row for each instance in CMakeLists.txt.
 constexpr BackwardTile kBackwardTiles[] = {
     {64, 64, false, 128, 128, 2, 2, AddDq::kBulk},      {64, 64, false, 64, 128, 4, 2, AddDq::kSecondPass},
@@ -62,7 +64,8 @@ struct BackwardProblem {
   int left;   // of the window; a bound at seqlen_k or beyond is none
   int right;  // 0 is causal
   bool deterministic;
-  int64_t heads;  // of queries, times batch
+  int64_t heads;     // of queries, times batch
+  int64_t heads_kv;  // times batch
   int multiprocessors;
 
   // Every query sees every key.
@@ -71,14 +74,20 @@ struct BackwardProblem {
 
 // Whether dQ has a second pass, where there is a choice: it costs more products, and nothing around them; additions
 // wait for each other where their order is fixed. It is worth it where neither heads nor tiles fill the
-// multiprocessors, at head_dim 64 only in short sequences; and above in short sequences always.
+// multiprocessors, at head_dim 64 only in short sequences; and above in short sequences always, in longer ones where
+// heads that share keys are cut into splits (select_splits), so that dK and dV are added up in memory already. With a
+// window a tile is about as long as in a causal sequence of twice its size.
 constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) {
   const int length = max_of(problem.seqlen_q, problem.seqlen_k);
+  const int64_t enough = int64_t{2} * problem.multiprocessors;
   const int64_t tiles = problem.heads * ceil_div(length, 128) * (problem.full() ? 2 : 1);
-  const bool few = 2 * problem.heads <= problem.multiprocessors && tiles <= 2 * problem.multiprocessors;
-  const int longest_free = problem.full() ? 512 : 1024, longest_fixed = problem.full() ? 1024 : 2048;
-  if (few && (head_dim > 64 || length <= longest_free)) return true;
-  return head_dim > 64 && length <= (problem.deterministic ? longest_fixed : longest_free);
+  const bool few = 2 * problem.heads <= problem.multiprocessors && tiles <= enough;
+  if (head_dim <= 64) return few && length <= (problem.full() ? 512 : 1024);
+  if (few) return true;
+  if (problem.full()) return length <= (problem.deterministic ? 1024 : 512);
+  const bool splits = problem.heads_kv < problem.heads && problem.heads_kv * ceil_div(problem.seqlen_k, 128) <= enough;
+  const int longest = problem.deterministic || splits ? 2048 : 1536;
+  return length <= longest || 2 * (int64_t{problem.left} + problem.right) <= longest;
 }
 
 // The index in kBackwardTiles of the tile for a problem, -1 if none holds it: of the smallest head dimensions that do.
@@ -136,6 +145,35 @@ constexpr bool takes_whole_heads(const BackwardTile& tile, const BackwardHeads& 
   if (heads.seqlen_k <= tile.tile_n || heads.heads_kv >= int64_t{4} * heads.multiprocessors) return true;
   const int64_t rounds = (heads.heads_kv + heads.multiprocessors - 1) / heads.multiprocessors;
   return rounds * heads.multiprocessors * 100 <= heads.heads_kv * 105;
+}
+
+// Into how many splits the query heads of a key head are cut, each with tiles of keys of its own (splits.cuh): few
+// tiles leave multiprocessors idle. Where all tiles are alike, what counts is the rounds of tiles times the heads of
+// one, and a tenth of them at least must be gained. Else the longest tile, twice as long as the mean, should take no
+// longer than all of them on all multiprocessors; and many heads a tile are slower than few. A second pass that has few
+// tiles of queries itself does better beside the first one's longest tiles than after it.
+constexpr int select_splits(const BackwardTile& tile, const BackwardHeads& heads, int64_t tiles, bool uneven) {
+  constexpr int kHeadsATile = 7, kMostSplits = 64;
+  const int64_t blocks = heads.multiprocessors;
+  const int64_t query_tiles = heads.heads_kv * heads.group * ceil_div(heads.seqlen_q, kSecondTileM);
+  const bool second_pass = tile.add_dq == AddDq::kSecondPass;
+  const bool beside = second_pass && query_tiles <= 2 * blocks;
+  int best = 1;
+  int64_t least = (tiles + blocks - 1) / blocks * heads.group;
+  for (int splits = 1; splits <= heads.group && splits <= kMostSplits; ++splits) {
+    if (heads.group % splits != 0) continue;
+    const int heads_a_tile = heads.group / splits;
+    if (uneven) {
+      best = splits;
+      if ((second_pass || heads_a_tile <= kHeadsATile) && 4 * tiles * splits >= (beside ? 3 : 7) * blocks) break;
+      continue;
+    }
+    const int64_t heads_in_turn = (tiles * splits + blocks - 1) / blocks * heads_a_tile;
+    if (10 * heads_in_turn > 9 * least) continue;
+    best = splits;
+    least = heads_in_turn;
+  }
+  return best;
 }
 
 }  // namespace tilewright

@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward_sm90(const __grid_con
     }
     shared.init_barriers(C::kSecondPass || p.dq ? 0 : p.turns ? 3 : 1);
   }
-  // The end of the kernel before is waited for by the threads beside the consumers, who write nothing before lse, which
-  // that one computes, has been loaded.
+  // The end of the kernel before is waited for by the threads beside the consumers. These write nothing before lse,
+  // which that kernel computes, has been loaded; and a tile that no query sees is announced after the wait.
   if constexpr (!C::kSecondPass) ptx::launch_dependent_grids();
   __syncthreads();
   // The shuffle tells the compiler that the index is the same in a warp: matrix descriptors stay in uniform registers.

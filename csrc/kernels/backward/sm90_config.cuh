@@ -33,12 +33,12 @@ struct Config {
   // Wide: so many columns of K, and of V, stay in registers as the operand of S and dP: less to read from shared
   // memory, for which these products wait.
   static constexpr int kHeldColumns = 128;
-  // Of dS, see differentiate(). With softcap dS is rounded once more anyway; the wide kernel rounds before.
-  static constexpr bool kPackedProduct = std::is_same_v<Element, __nv_bfloat16> && (kWide || !kSoftcap);
+  // Of dS, see differentiate(). With softcap dS is rounded once more anyway; the wide kernel has the time not to.
+  static constexpr bool kPackedProduct = std::is_same_v<Element, __nv_bfloat16> && !kWide && !kSoftcap;
   static constexpr bool kBulk = kTile.add_dq == AddDq::kBulk;
 
   static constexpr int kWarpgroups = 2;
-  static constexpr int kWarps = 4 * kWarpgroups;
+  static constexpr int kWarps = kConsumerWarps;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // setmaxnreg: what the producer gives up, the consumers get. The register file gives out 504, not 512.
   static constexpr int kConsumerRegisters = 240;
@@ -56,6 +56,7 @@ struct Config {
   // Are there registers for S and dP at once, and for dQ while dV is on its way?
   static constexpr bool kTogether = kHeadDim + kHeadDimV <= 256;
 
+  static_assert(kWarps == 4 * kWarpgroups);
   static_assert(kTileN == (kWide ? 64 : 64 * kWarpgroups) && kTileM % 16 == 0);
   static_assert(kSecondPass || kUnits == kWarpgroups || (kSplitUnit && !kBulk));
   static_assert(!kWide || (kSecondPass && kHeadDim == kHeadDimV));

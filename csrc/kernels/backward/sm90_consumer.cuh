@@ -53,8 +53,8 @@ struct Consumer : ConsumerRole<C> {
         dV.fill(0.f);
       }
       if (work().walk.count > 0) walk_queries();
-      if (work().walk.count == 0) store_dV();
-      store_dK();
+      if (work().walk.count == 0) this->store_dV(dV);
+      this->store_dK(dK);
       if (p.dq) WholeHeads<C>{p, work(), warpgroup, thread(), this->has_part()}.end_tile();
       this->next_tile();
     }
@@ -230,28 +230,13 @@ struct Consumer : ConsumerRole<C> {
     issue_share(dQ, last);
     if constexpr (C::kBulk) this->wait_unstaged(last);
     // Under the product, unless the next tile's K waits for it.
-    if constexpr (C::kStagesK > 1) store_dV();
+    if constexpr (C::kStagesK > 1) this->store_dV(dV);
     ptx::wgmma_wait<0>();
     dQ.pin();
     release(shared.ds_empty[last % C::kDsBuffers]);
     release(shared.k_empty[stage_k()]);
     add(dQ, last);
-    if constexpr (C::kStagesK == 1) store_dV();
-  }
-
-  __device__ __forceinline__ void store_dV() {
-    if constexpr (C::kBulk) {
-      this->store(dV, 1.f, &p.dv);
-    } else {
-      this->store(dV, 1.f, p.dv_rows, p.dv_stride, p.head_dim_v);
-    }
-  }
-  __device__ __forceinline__ void store_dK() {
-    if constexpr (C::kBulk) {
-      this->store(dK, p.scale, &p.dk);
-    } else {
-      this->store(dK, p.scale, p.dk_rows, p.dk_stride, p.head_dim);
-    }
+    if constexpr (C::kStagesK == 1) this->store_dV(dV);
   }
 
   __device__ __forceinline__ void add(const ShareOfDq& dQ, uint32_t of_step) {
@@ -280,8 +265,7 @@ struct Consumer : ConsumerRole<C> {
   __device__ __forceinline__ void add_staged(const StepWork& of) {
     if (p.turns) {
       this->end_turn();
-    } else if (ptx::elect_one()) {
-      if (!this->has_part()) return;
+    } else if (this->has_part() && ptx::elect_one()) {
       float* to = of.sums + warp_of_all() * Base::kWarpFloats;
       // Each with its own commit: without, the compiler goes through both under predicates, instead of a branch.
       if (of.fresh) {

@@ -60,8 +60,8 @@ struct FirstPassConsumer : FirstPassRole<C> {
       dK.fill(0.f);
       dV.fill(0.f);
       if (work().walk.count > 0) walk_queries();
-      this->store(dV, 1.f, &p.dv);
-      this->store(dK, p.scale, &p.dk);
+      this->store_dV(dV);
+      this->store_dK(dK);
       this->next_tile();
     }
     // The turn given away last comes back: a barrier must not be left with arrivals.

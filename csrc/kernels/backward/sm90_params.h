@@ -6,6 +6,7 @@
 #include "attention/query_range.h"
 #include "attention/scheduler.h"
 #include "kernels/backward/params.h"
+#include "kernels/backward/select.h"
 #include "tile/row_coordinates.h"
 
 namespace tilewright::backward {
@@ -44,6 +45,8 @@ struct Zeros {
 };
 constexpr int kZeros = 64;  // times 16 bytes: the copy engine's source
 
+constexpr int kConsumerWarps = 8;  // of a block
+
 // What the launch hands to the main kernel.
 struct KernelParams {
   CUtensorMap q;       // boxes of 64 columns × tile_m rows
@@ -75,7 +78,7 @@ struct KernelParams {
   const PackedPairTile* packed;  // the work list of a packed batch, or null
   const int* num_packed;         // its length
   Divisor heads_kv;
-  int group;  // query heads a key head
+  int group;  // query heads a tile works on: all of a key head, or a split of them
   int seqlen_q;
   int seqlen_k;
   int head_dim;
@@ -84,6 +87,10 @@ struct KernelParams {
   float dq_scale;     // scale with its sign, which is in q otherwise
   float score_scale;  // softcap only: scale / softcap
   float to_log2;      // scale log2(e); with softcap: softcap log2(e)
+  int all_kv;         // key heads, times batch
+  int splits;         // of a key head's query heads, see splits.cuh; 1 is none
+  float* split_sum;   // (key heads, tiles, dV and dK in the order of the accumulators), or null
+  int* splits_done;   // (key heads, tiles, kConsumerWarps): how many splits are in the sum
 
   // Tiles of keys.
   __device__ __forceinline__ int tiles_of_head() const { return packed ? *num_packed : tiles; }
@@ -118,8 +125,12 @@ struct TileWork : Sequences {
   uint32_t number;  // tiles announced before
   uint32_t loaded;  // tiles of K and V loaded before
   int index;        // in the order
-  int next;         // whole heads: the index of the block's tile after this one
-  bool last;        // no work: the end
+  union {
+    int next;        // whole heads: the index of the block's tile after this one
+    int split_tile;  // splits: in split_sum
+  };
+  bool last;       // no work: the end
+  uint16_t split;  // of p.splits
   QueryWalk walk;
 };
 
@@ -132,8 +143,7 @@ struct alignas(16) StepWork {
   int masked;   // the tile's first query if not every query sees every key, else -1
 };
 
-constexpr int kSecondTileM = 128;  // queries a tile
-constexpr int kSecondTileN = 64;   // keys a block
+constexpr int kSecondTileN = 64;  // keys a block of the second pass
 
 // What the launch hands to the second pass (sm90_second_pass.cuh).
 struct SecondPassParams {

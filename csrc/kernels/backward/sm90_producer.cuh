@@ -53,7 +53,7 @@ struct Producer {
     ptx::wait_for_prerequisite_grids();
     if constexpr (C::kSecondPass) ptx::launch_dependent_grids();
   }
-  __device__ __forceinline__ bool waiting() const { return !C::kSecondPass && p.waiting; }
+  __device__ __forceinline__ bool waiting() const { return p.waiting; }
   __device__ __forceinline__ bool in_turns() const { return !C::kSecondPass && p.turns; }
   __device__ __forceinline__ int take() const { return atomicAdd(p.next_tile, 1); }
 
@@ -71,10 +71,16 @@ struct Producer {
   __device__ __forceinline__ void describe(TileWork& work, int index) const {
     const TileOrder::Tile at = in_turns() && p.overlapping ? p.order.at_overlapping(index, p.tiles_of_head())
                                                            : p.order.at(index, p.tiles_of_head());
+    // Split after split: what one adds to the one before has long been there.
+    int head = at.head, split = 0;
+    for (; head >= p.all_kv; head -= p.all_kv) ++split;
+    work.split = static_cast<uint16_t>(split);
+    work.split_tile = head * p.tiles + at.tile;
+    work.first_tile = (head * p.splits + split) * p.group * p.head_tiles;
     if (p.packed) {
       const PackedPairTile& tile = p.packed[at.tile];
-      work.first_tile = at.head * p.group * p.head_tiles + tile.first_tile;
-      work.head_kv = at.head;
+      work.first_tile += tile.first_tile;
+      work.head_kv = head;
       work.q_begin = tile.q_begin;
       work.seqlen_q = tile.seqlen_q;
       forget_values();
@@ -83,15 +89,14 @@ struct Producer {
       work.seqlen_k = tile.seqlen_k;
       work.batch = 0;
     } else {
-      const int batch = p.heads_kv.divide(at.head);
+      const int batch = p.heads_kv.divide(head);
       work.first_key = at.tile * C::kTileN;
-      work.head_kv = at.head - batch * static_cast<int>(p.heads_kv.divisor);
+      work.head_kv = head - batch * static_cast<int>(p.heads_kv.divisor);
       work.batch = batch;
       work.q_begin = 0;
       work.seqlen_q = p.seqlen_q;
       work.k_begin = 0;
       work.seqlen_k = p.seqlen_k;
-      work.first_tile = at.head * p.group * p.head_tiles;
     }
     forget_values();
     const QueryRange range =
@@ -145,7 +150,7 @@ struct Producer {
         of.sums = p.dq_sum + int64_t{sum} * (C::kTileM * C::kHeadDim);
         of.masked = work.walk.is_full(step) ? -1 : tile * C::kTileM;
         of.fresh = tile >= work.first_fresh;
-        const int head_q = work.head_kv * p.group + head;
+        const int head_q = (work.head_kv * p.splits + work.split) * p.group + head;
 
         // The consumers add to the sums in their second step, or after the only one.
         if constexpr (!C::kSecondPass) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/backward/sm90_config.cuh"
+#include "kernels/backward/splits.cuh"
 #include "kernels/backward/turns.cuh"
 #include "ptx/elect.h"
 #include "ptx/ldmatrix.h"
@@ -113,8 +114,10 @@ struct ConsumerRole {
   __device__ __forceinline__ static float* part_of_sum(float* sums, int unit) {
     return sums + (unit * 4 + thread() / 32) * kWarpFloats;
   }
-  // Whether this warp's 16 rows of its warpgroup's unit are columns of dQ.
-  __device__ __forceinline__ static bool has_part() { return !C::kPartialUnit || warp_of_all() * 16 < C::kHeadDim; }
+  // Whether this warp's 16 rows of its warpgroup's unit are columns of dQ. The shuffle: see count().
+  __device__ __forceinline__ static bool has_part() {
+    return !C::kPartialUnit || __shfl_sync(~0u, warp_of_all() * 16, 0) < C::kHeadDim;
+  }
   // An accumulator that starts at first_column of its unit; stored where nothing has been added up yet.
   template <int kColumns>
   __device__ __forceinline__ void add_from_registers(const Accumulator<kColumns>& dQ, float* part, bool fresh,
@@ -151,6 +154,23 @@ struct ConsumerRole {
 
   // --- epilogue -----------------------------------------------------------------------------------------------------
 
+  // The gradients of the tile's keys, when all splits of the group of heads are in them: dV, then dK.
+  __device__ __forceinline__ void store_dV(Accumulator<C::kHeadDimV>& dV) {
+    if (p.splits > 1 && !splits().add_up_dV(dV)) return;
+    if constexpr (C::kTile.stores_by_copy()) {
+      store(dV, 1.f, &p.dv);
+    } else {
+      store(dV, 1.f, p.dv_rows, p.dv_stride, p.head_dim_v);
+    }
+  }
+  __device__ __forceinline__ void store_dK(Accumulator<C::kHeadDim>& dK) {
+    if (p.splits > 1 && !splits().add_up_dK(dK)) return;
+    if constexpr (C::kTile.stores_by_copy()) {
+      store(dK, p.scale, &p.dk);
+    } else {
+      store(dK, p.scale, p.dk_rows, p.dk_stride, p.head_dim);
+    }
+  }
   // factor × an accumulator → the rows of the tile's keys, of a tensor of heads_kv × columns.
   template <int kColumns>
   __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, void* to,
@@ -200,6 +220,7 @@ struct ConsumerRole {
   }
 
  private:
+  __device__ __forceinline__ Splits<C> splits() const { return {p, work(), thread_of_all()}; }
   __device__ __forceinline__ Element* row_of(void* tensor, const Strides& stride, int key) const {
     return static_cast<Element*>(tensor) + work().batch * stride.batch + int64_t{work().k_begin + key} * stride.row +
            work().head_kv * stride.head;

@@ -72,7 +72,7 @@ struct ProbabilityConsumer : WideConsumer<C> {
     while (!work().last) {
       dV.fill(0.f);
       if (work().walk.count > 0) walk_queries();
-      this->store(dV, 1.f, p.dv_rows, p.dv_stride, p.head_dim_v);
+      this->store_dV(dV);
       this->next_tile();
     }
     // The turn given away last comes back: a barrier must not be left with arrivals.
@@ -159,7 +159,7 @@ struct GradientConsumer : WideConsumer<C> {
     while (!work().last) {
       dK.fill(0.f);
       if (work().walk.count > 0) walk_queries();
-      this->store(dK, p.scale, p.dk_rows, p.dk_stride, p.head_dim);
+      this->store_dK(dK);
       this->next_tile();
     }
   }

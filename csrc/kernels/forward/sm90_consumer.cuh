@@ -380,7 +380,7 @@ struct Consumer {
 
   // --- scores -------------------------------------------------------------------------------------------------------
 
-  // softcap, of a block that not all rows see.
+  // softcap, of a tile's first block and of those that not all rows see.
   __device__ __forceinline__ void transform_scores() {
     if constexpr (C::kSoftcap) Softcap::of(p.score_scale).each(S);
   }
