@@ -247,6 +247,25 @@ def test_splits(device, dtype, head_dim, head_dim_v, heads_kv, group, lengths, p
     (q, k, v), options = problem.make(device, dtype)
     dout, dlse = cases.into_outputs(q, v)
     torch.full((1 << 26,), float("nan"), device=device)
+    grads = cases.check_gradients(q, k, v, dout=dout, dlse=dlse, deterministic=deterministic, **options)
+    for _ in range(3):
+        again = cases.gradients(cases.call, q, k, v, dout, dlse, deterministic=deterministic, **options)
+        for name, grad in again.items():
+            assert (name == "q" and not deterministic) or torch.equal(grad, grads[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (96, 96), (128, 128), (192, 128)])
+def test_additions_of_a_group(device, dtype, head_dim, head_dim_v, options, deterministic):
+    """So many tiles of keys that each walks all query heads of its key head."""
+    problem = tiles.Problem(head_dim, head_dim_v, [2100], [2100], False, options, heads_q=28, heads_kv=14)
+    tile = problem.backward_tile(tiles.multiprocessors(device), deterministic)
+    assert not tile["second_pass"] and not tile["whole_heads"] and tile["splits"] == 1
+    (q, k, v), options = problem.make(device, dtype)
+    dout, dlse = cases.into_outputs(q, v)
+    torch.full((1 << 26,), float("nan"), device=device)
     cases.check_gradients(q, k, v, dout=dout, dlse=dlse, deterministic=deterministic, **options)
 
 

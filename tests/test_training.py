@@ -308,7 +308,7 @@ def test_peak_memory(device, head_dim, head_dim_v, packed, deterministic):
     named, sequences = {}, 1
     if packed:
         q, k, v = q[0], k[0], v[0]
-        lengths, sequences = [1000, 3000, 0, 4192], 4
+        lengths, sequences = [1000, 3000, 0, 4192], 4 + 2
         named = {"cu_seqlens_q": cases.cumulative(lengths, device), "cu_seqlens_k": cases.cumulative(lengths, device)}
     options = {"causal": True, "deterministic": deterministic, "sinks": cases.make_sinks(heads_q, device, DTYPE)}
     out, lse = cases.call(q, k, v, **named, **options)

@@ -1,7 +1,7 @@
 """Small problems that between them use every compiled instance of the Hopper forward, and which of them uses which.
 
 What forward and backward take for a problem is asked of the package itself (csrc/kernels/*/select.h), by the same
-numbers that csrc/kernels/*/launch.cu hand to it.
+numbers that csrc/kernels/*/launch.cu hand to it; but tiles of keys of a packed batch are counted by its mean length.
 """
 
 import dataclasses
