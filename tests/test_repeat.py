@@ -125,7 +125,7 @@ def test_calls_that_feed_each_other(device, dtype, options, deterministic):
 
 MASKS = [{}, {"causal": True}, {"window": (70, 10), "sink_tokens": 3}, {"causal": True, "window": (150, 0)}]
 # Of the GPU's kernels; a few tiles of keys, so that several blocks add to the same rows of dq where there is no second
-# pass. (test_additions in test_gradients.py has the kernels that have one here.)
+# pass. (test_additions in test_backward_kernels.py has the kernels that have one here.)
 DIMS = {"cpu": [(64, 64)], "cuda": [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (40, 72)]}
 ROWS = {"cpu": 80, "cuda": 700}
 

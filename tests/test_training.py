@@ -283,7 +283,7 @@ def workspace(heads, heads_kv, rows, sequences, head_dim, head_dim_v):
     sizes = (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)
     head_dim, head_dim_v = next((d, d_v) for d, d_v in sizes if d >= head_dim and d_v >= head_dim_v)
     of_dq = 0 if head_dim == 256 else 4 * head_dim  # a second pass needs no sums
-    of_splits = 4 * (head_dim + head_dim_v) if heads > heads_kv else 0
+    of_splits = 4 * (head_dim + head_dim_v) + 1 if heads > heads_kv else 0
     padded = rows + 128 * sequences  # to whole tiles, each sequence
     return heads * padded * (of_dq + 9) + padded * (1 + heads_kv * of_splits) + (1 << 20)
 
