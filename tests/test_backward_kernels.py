@@ -152,7 +152,7 @@ def test_groups_of_heads_in_turns(device, dtype, head_dim, head_dim_v, lengths, 
     ids=str,
 )
 @pytest.mark.parametrize("lengths, packed", [([1300], False), ([700, 0, 600], True)], ids=str)
-@pytest.mark.parametrize("heads_kv, group", [(2, 7), (3, 16)])
+@pytest.mark.parametrize("heads_kv, group", [(2, 7), (3, 16), (1, 37)])
 @pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (88, 80), (128, 128), (192, 128), (256, 256)])
 def test_splits(device, dtype, head_dim, head_dim_v, heads_kv, group, lengths, packed, options, deterministic):
     """The query heads of a key head are cut up (kernels/backward/splits.cuh). What lay in memory is no number."""

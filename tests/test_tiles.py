@@ -170,7 +170,7 @@ def test_choice_of_the_second_pass_for_few_heads(head_dim, heads, longest, longe
     seqlen=st.integers(1, 9000),
     causal=st.booleans(),
     heads_kv=st.integers(1, 300),
-    group=st.integers(1, 16),
+    group=st.integers(1, 16) | st.integers(1, 200),
     deterministic=st.booleans(),
 )
 def test_choice_of_splits(head_dim, softcap, seqlen, causal, heads_kv, group, deterministic):
@@ -181,10 +181,11 @@ def test_choice_of_splits(head_dim, softcap, seqlen, causal, heads_kv, group, de
         head_dim, head_dim, softcap, **problem, heads_kv=heads_kv, group=group, deterministic=deterministic
     )
     tiles = heads_kv * -(-seqlen // tile["tile_n"])
-    divisors = [n for n in range(1, group + 1) if group % n == 0]
+    # The fewest that leave so many heads to a tile; the last may have less.
+    numbers = sorted({-(-group // -(-group // n)) for n in range(1, min(group, 64) + 1)})
 
     def length(splits):
-        return -(-tiles * splits // 132) * (group // splits)
+        return -(-tiles * splits // 132) * -(-group // splits)
 
     wanted = 1
     if tile["whole_heads"]:
@@ -193,20 +194,21 @@ def test_choice_of_splits(head_dim, softcap, seqlen, causal, heads_kv, group, de
         beside = tile["second_pass"] and heads_kv * group * -(-seqlen // 128) <= 2 * 132
         enough = 132 * (3 if beside else 7) / 4
         most = group if tile["second_pass"] else 7
-        wanted = next((n for n in divisors if group // n <= most and tiles * n >= enough), group)
+        wanted = next((n for n in numbers if -(-group // n) <= most and tiles * n >= enough), numbers[-1])
     else:
-        for n in divisors:
+        for n in numbers:
             if 10 * length(n) <= 9 * length(wanted):
                 wanted = n
     assert tile["splits"] == wanted
 
 
 @pytest.mark.parametrize(
-    "heads_kv, group, seqlen, splits", [(4, 7, 2048, 7), (8, 4, 2048, 2), (8, 8, 2048, 2), (16, 4, 8192, 1),
-                                        (8, 7, 8192, 1), (16, 8, 8192, 2), (32, 1, 2048, 1), (1, 8, 4096, 4)],
+    "heads_kv, group, seqlen, splits", [(4, 7, 2048, 4), (8, 4, 2048, 2), (8, 8, 2048, 2), (16, 4, 8192, 1),
+                                        (8, 7, 8192, 1), (16, 8, 8192, 2), (32, 1, 2048, 1), (1, 8, 4096, 4),
+                                        (1, 71, 2048, 15)],
 )  # fmt: skip
 def test_splits_of_common_problems(heads_kv, group, seqlen, splits):
-    """The heads of Qwen2.5-7B, Llama-3-8B and -70B, causal, on an H200."""
+    """The heads of Qwen2.5-7B, Llama-3-8B and -70B, Falcon-7B, causal, on an H200."""
     problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0, "heads_kv": heads_kv, "group": group}
     assert _tilewright.backward_tile(128, 128, **problem)["splits"] == splits
 

@@ -39,7 +39,7 @@ struct Shape {
   int64_t heads_kv;     // times batch, and splits; packed: times splits
   bool edges;           // not every query of a sequence sees every key
   bool uneven;          // tiles of keys differ in length
-  BackwardHeads heads;  // with splits the group is one of them
+  BackwardHeads heads;  // with splits the group is the longest of them
   int splits;           // of the query heads of a key head
   bool second_pass;     // for dQ
   bool turns;           // blocks add to its sums in
@@ -85,7 +85,7 @@ void choose_order(const BackwardParams& p, Shape& shape) {
   shape.head_group = shape.whole_heads ? 1 : std::max<int64_t>(std::min(heads, shape.heads_kv), 1);
   shape.head_groups = over(shape.heads_kv, shape.head_group);
   // Zeros come so early that nobody waits for them. Where the additions set the pace anyway, they cost less before the
-  // main kernel; and there they are for a packed batch. With turns there are none.
+  // main kernel; and there they are for a packed batch and with splits. With turns there are none.
   const bool before =
       shape.turns || shape.packed || shape.splits > 1 || (shape.uneven && shape.tile.add_dq == AddDq::kRegisters);
   const int64_t tiles = std::max<int64_t>(shape.head_group * shape.key_tiles, 1);
@@ -134,7 +134,7 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.splits = 1;
   if (!shape.whole_heads) {
     shape.splits = select_splits(shape.tile, shape.heads, shape.key_tiles * shape.heads_kv, shape.uneven);
-    shape.heads.group /= shape.splits;
+    shape.heads.group = ceil_div(shape.heads.group, shape.splits);
     shape.heads_kv *= shape.splits;
   }
   if (shape.row_tiles > INT32_MAX || shape.key_tiles * shape.heads_kv > INT32_MAX) return cudaErrorInvalidValue;
@@ -152,9 +152,9 @@ int64_t second_tiles_of_head(const BackwardParams& p, const Shape& shape) {
   return shape.packed ? max_packed_tiles(p.seqlen_q, p.batch, kSecondTileM) : ceil_div(p.seqlen_q, kSecondTileM);
 }
 
-// Of all key heads, of which each split has its own.
-int64_t key_tiles(const Shape& shape) { return shape.key_tiles * shape.heads_kv / shape.splits; }
-int64_t split_counters(const Shape& shape) { return shape.splits > 1 ? kConsumerWarps * key_tiles(shape) : 0; }
+// Tiles of keys of all key heads, which all splits of one share.
+int64_t split_tiles(const Shape& shape) { return shape.key_tiles * shape.heads_kv / shape.splits; }
+int64_t split_counters(const Shape& shape) { return shape.splits > 1 ? kConsumerWarps * split_tiles(shape) : 0; }
 
 struct Workspace {
   float* dq_sum;
@@ -191,7 +191,7 @@ Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape
   take(w.delta, rows);
   take(w.next_tile, 2);
   if (shape.splits > 1) {
-    take(w.split_sum, key_tiles(shape) * shape.tile.tile_n * (shape.tile.head_dim + shape.tile.head_dim_v));
+    take(w.split_sum, split_tiles(shape) * shape.tile.tile_n * (shape.tile.head_dim + shape.tile.head_dim_v));
     take(w.splits_done, split_counters(shape));
   }
   if (shape.packed) {
@@ -230,8 +230,9 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   kernel.num_packed = w.num_packed;
   kernel.heads_kv = Divisor::of(p.heads_kv);
   kernel.all_kv = static_cast<int>(shape.heads_kv / shape.splits);
-  kernel.group = shape.heads.group;
+  kernel.group = p.heads_q / p.heads_kv;
   kernel.splits = shape.splits;
+  kernel.split_heads = shape.heads.group;
   kernel.split_sum = w.split_sum;
   kernel.splits_done = w.splits_done;
   kernel.seqlen_q = p.seqlen_q;
@@ -250,19 +251,18 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
 
 void set_second_pass(SecondPassParams& second, const BackwardParams& p, const Shape& shape, const KernelParams& first,
                      const Workspace& w) {
-  const int group = p.heads_q / p.heads_kv;
   second.first = first;
   second.dq = p.dq;
   second.dq_stride = p.dq_stride;
-  second.order = TileOrder::of_queries(p.heads_q * (shape.packed ? 1 : p.batch), group, p.window.causal(p.seqlen_k),
-                                       shape.packed ? std::max(p.batch, 1) : 1,
+  second.order = TileOrder::of_queries(p.heads_q * (shape.packed ? 1 : p.batch), first.group,
+                                       p.window.causal(p.seqlen_k), shape.packed ? std::max(p.batch, 1) : 1,
                                        int64_t{p.seqlen_k} * (p.head_dim + p.head_dim_v) * 2);
   second.tiles = static_cast<int>(second_tiles_of_head(p, shape));
   second.next_tile = w.next_tile + 1;
   second.packed = w.second_tiles;
   second.num_packed = shape.packed ? w.num_packed + 1 : nullptr;
   second.heads_q = Divisor::of(p.heads_q);
-  second.heads_per_kv = Divisor::of(group);
+  second.heads_per_kv = Divisor::of(first.group);
 }
 
 cudaError_t make_tensor_maps(Launch& launch, const BackwardParams& p, const Shape& shape) {
@@ -310,7 +310,7 @@ RowParams row_params(const BackwardParams& p, const Shape& shape, const KernelPa
   rows.dq_sum = w.dq_sum;
   if (!shape.whole_heads && !shape.second_pass && !shape.turns) {
     const int64_t heads = std::min(shape.ahead * shape.head_group, shape.heads_kv);
-    rows.zero_tiles = static_cast<int>(heads * shape.heads.group * shape.head_tiles);
+    rows.zero_tiles = static_cast<int>(std::min(heads * shape.heads.group * shape.head_tiles, shape.row_tiles));
   }
   rows.zero_shares = w.zero_shares;
   rows.head_groups = static_cast<int>(shape.head_groups);

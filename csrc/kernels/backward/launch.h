@@ -8,8 +8,9 @@
 
 namespace tilewright {
 
-// Bytes of device memory the launch needs for itself: dQ's sums in float32, two floats a row, counters, and the work
-// list of a packed batch. The caller allocates them, uninitialised, aligned to 256.
+// Bytes of device memory the launch needs for itself: dQ's sums in float32, those of dK and dV where query heads of a
+// key head are cut into splits, two floats a row, counters, and the work list of a packed batch. The caller allocates
+// them, uninitialised, aligned to 256.
 size_t backward_workspace_bytes(const BackwardParams& params);
 
 // Launches the backward on a Hopper GPU (compute capability 9.0), on `stream`; reads nothing back. The current device

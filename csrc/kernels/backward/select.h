@@ -75,8 +75,8 @@ struct BackwardProblem {
 // Whether dQ has a second pass, where there is a choice: it costs more products, and nothing around them; additions
 // wait for each other where their order is fixed. It is worth it where neither heads nor tiles fill the
 // multiprocessors, at head_dim 64 only in short sequences; and above in short sequences always, in longer ones where
-// heads that share keys are cut into splits (select_splits), so that dK and dV are added up in memory already. With a
-// window a tile is about as long as in a causal sequence of twice its size.
+// few key heads have several query heads each. With a window a tile is about as long as in a causal sequence of twice
+// its size.
 constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) {
   const int length = max_of(problem.seqlen_q, problem.seqlen_k);
   const int64_t enough = int64_t{2} * problem.multiprocessors;
@@ -85,8 +85,9 @@ constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) 
   if (head_dim <= 64) return few && length <= (problem.full() ? 512 : 1024);
   if (few) return true;
   if (problem.full()) return length <= (problem.deterministic ? 1024 : 512);
-  const bool splits = problem.heads_kv < problem.heads && problem.heads_kv * ceil_div(problem.seqlen_k, 128) <= enough;
-  const int longest = problem.deterministic || splits ? 2048 : 1536;
+  const bool few_keys =
+      problem.heads_kv < problem.heads && problem.heads_kv * ceil_div(problem.seqlen_k, 128) <= enough;
+  const int longest = problem.deterministic || few_keys ? 2048 : 1536;
   return length <= longest || 2 * (int64_t{problem.left} + problem.right) <= longest;
 }
 
@@ -161,8 +162,8 @@ constexpr int select_splits(const BackwardTile& tile, const BackwardHeads& heads
   int best = 1;
   int64_t least = (tiles + blocks - 1) / blocks * heads.group;
   for (int splits = 1; splits <= heads.group && splits <= kMostSplits; ++splits) {
-    if (heads.group % splits != 0) continue;
-    const int heads_a_tile = heads.group / splits;
+    const int heads_a_tile = ceil_div(heads.group, splits);
+    if (ceil_div(heads.group, heads_a_tile) != splits) continue;  // as many heads a tile in fewer splits
     if (uneven) {
       best = splits;
       if ((second_pass || heads_a_tile <= kHeadsATile) && 4 * tiles * splits >= (beside ? 3 : 7) * blocks) break;

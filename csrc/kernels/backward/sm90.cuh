@@ -15,9 +15,9 @@
 // Attention backward on Hopper, one persistent block a multiprocessor: a producer warpgroup and two of consumers.
 //
 // A tile of work is tile_n keys of one key head. The consumers keep dK and dV of them in registers and walk the queries
-// of all heads of the group in tiles of tile_m. Everything is transposed, a row a key, so that P and dS feed dV and dK
-// from registers. dQ is what couples the warpgroups: it needs the dS of all keys of the tile. It comes a step late, so
-// that nobody waits for it. docs/backward.md says what this order is worth.
+// of all heads of the group, or of a split of it (splits.cuh), in tiles of tile_m. Everything is transposed, a row a
+// key, so that P and dS feed dV and dK from registers. dQ is what couples the warpgroups: it needs the dS of all keys
+// of the tile. It comes a step late, so that nobody waits for it. docs/backward.md says what this order is worth.
 //
 //     producer (one thread)     Q_0 lse_0 V dO_0 delta_0 K Q_1 lse_1 dO_1 …   one tile after the other
 //

@@ -78,7 +78,7 @@ struct KernelParams {
   const PackedPairTile* packed;  // the work list of a packed batch, or null
   const int* num_packed;         // its length
   Divisor heads_kv;
-  int group;  // query heads a tile works on: all of a key head, or a split of them
+  int group;  // query heads a key head
   int seqlen_q;
   int seqlen_k;
   int head_dim;
@@ -89,9 +89,12 @@ struct KernelParams {
   float to_log2;      // scale log2(e); with softcap: softcap log2(e)
   int all_kv;         // key heads, times batch
   int splits;         // of a key head's query heads, see splits.cuh; 1 is none
+  int split_heads;    // query heads a split; the last has fewer if they do not go in evenly
   float* split_sum;   // (key heads, tiles, dV and dK in the order of the accumulators), or null
   int* splits_done;   // (key heads, tiles, kConsumerWarps): how many splits are in the sum
 
+  // Query heads of a split.
+  __device__ __forceinline__ int heads_of(int split) const { return min_of(split_heads, group - split * split_heads); }
   // Tiles of keys.
   __device__ __forceinline__ int tiles_of_head() const { return packed ? *num_packed : tiles; }
   __device__ __forceinline__ int tiles_of_group() const {
@@ -119,7 +122,7 @@ struct Sequences {
 struct TileWork : Sequences {
   int first_key;
   int head_kv;
-  int first_tile;   // of queries: the number of tile 0 of the first head of the group
+  int first_tile;   // of queries: the number of tile 0 of the first head that the tile walks
   int first_sum;    // the same in dq_sum
   int first_fresh;  // these tiles of queries and those behind have no part of dQ yet, and no zeros: whole heads, turns
   uint32_t number;  // tiles announced before
@@ -130,7 +133,7 @@ struct TileWork : Sequences {
     int split_tile;  // splits: in split_sum
   };
   bool last;       // no work: the end
-  uint16_t split;  // of p.splits
+  uint16_t split;  // of KernelParams::splits
   QueryWalk walk;
 };
 

@@ -71,12 +71,12 @@ struct Producer {
   __device__ __forceinline__ void describe(TileWork& work, int index) const {
     const TileOrder::Tile at = in_turns() && p.overlapping ? p.order.at_overlapping(index, p.tiles_of_head())
                                                            : p.order.at(index, p.tiles_of_head());
-    // Split after split: what one adds to the one before has long been there.
+    // Of the heads of the order all key heads with their first split come first, then with their second, …
     int head = at.head, split = 0;
     for (; head >= p.all_kv; head -= p.all_kv) ++split;
     work.split = static_cast<uint16_t>(split);
     work.split_tile = head * p.tiles + at.tile;
-    work.first_tile = (head * p.splits + split) * p.group * p.head_tiles;
+    work.first_tile = (head * p.group + split * p.split_heads) * p.head_tiles;
     if (p.packed) {
       const PackedPairTile& tile = p.packed[at.tile];
       work.first_tile += tile.first_tile;
@@ -138,7 +138,7 @@ struct Producer {
   // `starts`: behind the first loads, of what the call was given. It is there: the kernel before has let this one begin
   // when all before it had ended.
   __device__ __forceinline__ void load_tile(const TileWork& work, bool starts) {
-    for (int head = 0; head < p.group; ++head) {
+    for (int head = 0; head < p.heads_of(work.split); ++head) {
       for (int step = 0; step < work.walk.count; ++step) {
         const bool first = head == 0 && step == 0;
         const int stage = steps % C::kStages;
@@ -150,11 +150,11 @@ struct Producer {
         of.sums = p.dq_sum + int64_t{sum} * (C::kTileM * C::kHeadDim);
         of.masked = work.walk.is_full(step) ? -1 : tile * C::kTileM;
         of.fresh = tile >= work.first_fresh;
-        const int head_q = (work.head_kv * p.splits + work.split) * p.group + head;
+        const int head_q = work.head_kv * p.group + work.split * p.split_heads + head;
 
         // The consumers add to the sums in their second step, or after the only one.
         if constexpr (!C::kSecondPass) {
-          if (head * work.walk.count + step == (p.group * work.walk.count > 1)) wait_for_zeros(p, work);
+          if (head * work.walk.count + step == (p.heads_of(work.split) * work.walk.count > 1)) wait_for_zeros(p, work);
         }
         if (first && kEarlyK) load_k(work);
         ptx::mbarrier_wait(C::kWide ? &shared.dout_empty[stage] : &shared.q_empty[stage], empty_parity);

@@ -48,7 +48,9 @@ struct ConsumerRole {
 
   // All steps of a tile of keys. The shuffle tells the compiler that the number is the same in a warp: what follows
   // from the steps stays in uniform registers.
-  __device__ __forceinline__ int count() const { return __shfl_sync(~0u, p.group * work().walk.count, 0); }
+  __device__ __forceinline__ int count() const {
+    return __shfl_sync(~0u, p.heads_of(work().split) * work().walk.count, 0);
+  }
 
   __device__ __forceinline__ void first_tile() { wait_tile(0); }
   __device__ __forceinline__ void next_tile() {
@@ -171,6 +173,7 @@ struct ConsumerRole {
       store(dK, p.scale, p.dk_rows, p.dk_stride, p.head_dim);
     }
   }
+
   // factor × an accumulator → the rows of the tile's keys, of a tensor of heads_kv × columns.
   template <int kColumns>
   __device__ __forceinline__ void store(const Accumulator<kColumns>& from, float factor, void* to,

@@ -16,7 +16,7 @@ namespace tilewright::backward {
 // the same 16 bytes.
 //
 // No deadlock, as in turns.cuh: blocks take tiles in an order in which a tile of one split comes before the same tile
-// of the next, and so far before, mostly, that nobody waits.
+// of the next. Where that is a group of heads before, nobody waits.
 template <class C>
 struct Splits {
   const KernelParams& p;
