@@ -169,19 +169,29 @@ def test_choice_of_the_second_pass_for_few_heads(head_dim, heads, longest, longe
     softcap=st.booleans(),
     seqlen=st.integers(1, 9000),
     causal=st.booleans(),
+    window=st.none() | st.integers(1, 9000),
+    packed=st.booleans(),
     heads_kv=st.integers(1, 300),
     group=st.integers(1, 16) | st.integers(1, 200),
     deterministic=st.booleans(),
 )
-def test_choice_of_splits(head_dim, softcap, seqlen, causal, heads_kv, group, deterministic):
+def test_choice_of_splits(head_dim, softcap, seqlen, causal, window, packed, heads_kv, group, deterministic):
     """As few as leave seven tiles to four multiprocessors, or three beside a second pass of few tiles, and without one
-    seven query heads to a tile; or, where all tiles are alike, the fewest that make the rounds shorter by a tenth."""
-    problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0 if causal else None}
+    four query heads to a tile that walks long sequences; or, where all tiles are alike, the fewest that make the rounds
+    shorter by a tenth."""
+    problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_left": window, "window_right": 0 if causal else None}
     tile = _tilewright.backward_tile(
-        head_dim, head_dim, softcap, **problem, heads_kv=heads_kv, group=group, deterministic=deterministic
+        head_dim,
+        head_dim,
+        softcap,
+        **problem,
+        packed=packed,
+        heads_kv=heads_kv,
+        group=group,
+        deterministic=deterministic,
     )
     tiles = heads_kv * -(-seqlen // tile["tile_n"])
-    # The fewest that leave so many heads to a tile; the last may have less.
+    # The fewest that leave so many heads to a tile; the first split may have less.
     numbers = sorted({-(-group // -(-group // n)) for n in range(1, min(group, 64) + 1)})
 
     def length(splits):
@@ -190,10 +200,11 @@ def test_choice_of_splits(head_dim, softcap, seqlen, causal, heads_kv, group, de
     wanted = 1
     if tile["whole_heads"]:
         pass
-    elif causal:
+    elif causal or packed or (window or seqlen) < seqlen:
         beside = tile["second_pass"] and heads_kv * group * -(-seqlen // 128) <= 2 * 132
         enough = 132 * (3 if beside else 7) / 4
-        most = group if tile["second_pass"] else 7
+        short = causal and window is not None and window + 1 < 2048 or seqlen < 2048
+        most = group if tile["second_pass"] or (short and not packed) else 4
         wanted = next((n for n in numbers if -(-group // n) <= most and tiles * n >= enough), numbers[-1])
     else:
         for n in numbers:
@@ -204,8 +215,8 @@ def test_choice_of_splits(head_dim, softcap, seqlen, causal, heads_kv, group, de
 
 @pytest.mark.parametrize(
     "heads_kv, group, seqlen, splits", [(4, 7, 2048, 4), (8, 4, 2048, 2), (8, 8, 2048, 2), (16, 4, 8192, 1),
-                                        (8, 7, 8192, 1), (16, 8, 8192, 2), (32, 1, 2048, 1), (1, 8, 4096, 4),
-                                        (1, 71, 2048, 15)],
+                                        (8, 7, 8192, 2), (16, 8, 8192, 2), (32, 1, 2048, 1), (1, 8, 4096, 4),
+                                        (1, 71, 2048, 15), (1, 71, 8192, 18), (8, 11, 8192, 3)],
 )  # fmt: skip
 def test_splits_of_common_problems(heads_kv, group, seqlen, splits):
     """The heads of Qwen2.5-7B, Llama-3-8B and -70B, Falcon-7B, causal, on an H200."""

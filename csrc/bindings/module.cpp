@@ -69,7 +69,7 @@ pybind11::dict backward_tile(int head_dim, int head_dim_v, bool softcap, int seq
   if (index < 0) throw pybind11::value_error("head_dim and head_dim_v must be at most 256");
   const tilewright::BackwardTile& tile = tilewright::kBackwardTiles[index];
   const tilewright::BackwardHeads heads{
-      packed, deterministic && !problem.full(), heads_kv, group, seqlen_q, seqlen_k, multiprocessors};
+      packed, deterministic && !problem.full(), heads_kv, group, seqlen_q, seqlen_k, problem.span(), multiprocessors};
   const bool whole_heads = tilewright::takes_whole_heads(tile, heads);
   const int64_t tiles = heads_kv * tilewright::ceil_div(seqlen_k, tile.tile_n);
   const bool uneven = packed || !problem.full();

@@ -82,6 +82,13 @@ void choose_order(const BackwardParams& p, Shape& shape) {
     const int64_t groups = std::max<int64_t>(over(shape.heads_kv, most), 1);
     heads = over(shape.heads_kv, groups);
   }
+  // Tiles of one split keep in step, those of several do not: as few splits at a time as will do, as many every time.
+  if (shape.splits > 1 && shape.uneven && !shape.overlapping) {
+    const int64_t heads_of_split = std::max<int64_t>(shape.heads_kv / shape.splits, 1);
+    int64_t at_once = std::min<int64_t>(over(shape.packed ? heads : needed, heads_of_split), shape.splits);
+    while (shape.splits % at_once != 0) ++at_once;
+    heads = at_once * heads_of_split;
+  }
   shape.head_group = shape.whole_heads ? 1 : std::max<int64_t>(std::min(heads, shape.heads_kv), 1);
   shape.head_groups = over(shape.heads_kv, shape.head_group);
   // Zeros come so early that nobody waits for them. Where the additions set the pace anyway, they cost less before the
@@ -125,9 +132,14 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.heads_kv = int64_t{p.heads_kv} * batch;
   shape.edges = !problem.full();
   shape.uneven = shape.packed || shape.edges;
-  shape.heads = {
-      shape.packed, p.deterministic && shape.uneven, shape.heads_kv, p.heads_q / p.heads_kv, p.seqlen_q, p.seqlen_k,
-      blocks};
+  shape.heads = {shape.packed,
+                 p.deterministic && shape.uneven,
+                 shape.heads_kv,
+                 p.heads_q / p.heads_kv,
+                 p.seqlen_q,
+                 p.seqlen_k,
+                 problem.span(),
+                 blocks};
   shape.whole_heads = takes_whole_heads(shape.tile, shape.heads);
   shape.second_pass = shape.tile.add_dq == AddDq::kSecondPass;
   shape.turns = p.deterministic && !shape.whole_heads && !shape.second_pass;

@@ -70,6 +70,11 @@ struct BackwardProblem {
 
   // Every query sees every key.
   constexpr bool full() const { return left >= seqlen_k && right >= seqlen_k; }
+  // Queries that see a key, at most.
+  constexpr int span() const {
+    const int64_t window = int64_t{left} + right + 1;
+    return window < seqlen_q ? static_cast<int>(window) : seqlen_q;
+  }
 };
 
 // Whether dQ has a second pass, where there is a choice: it costs more products, and nothing around them; additions
@@ -118,6 +123,7 @@ struct BackwardHeads {
   int group;         // query heads a key head
   int seqlen_q;
   int seqlen_k;
+  int span;  // queries of a sequence that see a key, at most
   int multiprocessors;
 };
 
@@ -154,11 +160,12 @@ constexpr bool takes_whole_heads(const BackwardTile& tile, const BackwardHeads& 
 // longer than all of them on all multiprocessors; and many heads a tile are slower than few. A second pass that has few
 // tiles of queries itself does better beside the first one's longest tiles than after it.
 constexpr int select_splits(const BackwardTile& tile, const BackwardHeads& heads, int64_t tiles, bool uneven) {
-  constexpr int kHeadsATile = 7, kMostSplits = 64;
+  constexpr int kHeadsATile = 4, kShort = 2048, kMostSplits = 64;
   const int64_t blocks = heads.multiprocessors;
   const int64_t query_tiles = heads.heads_kv * heads.group * ceil_div(heads.seqlen_q, kSecondTileM);
   const bool second_pass = tile.add_dq == AddDq::kSecondPass;
   const bool beside = second_pass && query_tiles <= 2 * blocks;
+  const bool any_heads = second_pass || (!heads.packed && heads.span < kShort);
   int best = 1;
   int64_t least = (tiles + blocks - 1) / blocks * heads.group;
   for (int splits = 1; splits <= heads.group && splits <= kMostSplits; ++splits) {
@@ -166,7 +173,7 @@ constexpr int select_splits(const BackwardTile& tile, const BackwardHeads& heads
     if (ceil_div(heads.group, heads_a_tile) != splits) continue;  // as many heads a tile in fewer splits
     if (uneven) {
       best = splits;
-      if ((second_pass || heads_a_tile <= kHeadsATile) && 4 * tiles * splits >= (beside ? 3 : 7) * blocks) break;
+      if ((any_heads || heads_a_tile <= kHeadsATile) && 4 * tiles * splits >= (beside ? 3 : 7) * blocks) break;
       continue;
     }
     const int64_t heads_in_turn = (tiles * splits + blocks - 1) / blocks * heads_a_tile;

@@ -89,12 +89,15 @@ struct KernelParams {
   float to_log2;      // scale log2(e); with softcap: softcap log2(e)
   int all_kv;         // key heads, times batch
   int splits;         // of a key head's query heads, see splits.cuh; 1 is none
-  int split_heads;    // query heads a split; the last has fewer if they do not go in evenly
+  int split_heads;    // query heads a split; the first has fewer if they do not go in evenly
   float* split_sum;   // (key heads, tiles, dV and dK in the order of the accumulators), or null
   int* splits_done;   // (key heads, tiles, kConsumerWarps): how many splits are in the sum
 
-  // Query heads of a split.
-  __device__ __forceinline__ int heads_of(int split) const { return min_of(split_heads, group - split * split_heads); }
+  // Query heads of a split, and in those of the key head the first of them.
+  __device__ __forceinline__ int heads_of(int split) const { return first_head(split + 1) - first_head(split); }
+  __device__ __forceinline__ int first_head(int split) const {
+    return max_of(group - (splits - split) * split_heads, 0);
+  }
   // Tiles of keys.
   __device__ __forceinline__ int tiles_of_head() const { return packed ? *num_packed : tiles; }
   __device__ __forceinline__ int tiles_of_group() const {

@@ -76,7 +76,7 @@ struct Producer {
     for (; head >= p.all_kv; head -= p.all_kv) ++split;
     work.split = static_cast<uint16_t>(split);
     work.split_tile = head * p.tiles + at.tile;
-    work.first_tile = (head * p.group + split * p.split_heads) * p.head_tiles;
+    work.first_tile = (head * p.group + p.first_head(split)) * p.head_tiles;
     if (p.packed) {
       const PackedPairTile& tile = p.packed[at.tile];
       work.first_tile += tile.first_tile;
@@ -150,7 +150,7 @@ struct Producer {
         of.sums = p.dq_sum + int64_t{sum} * (C::kTileM * C::kHeadDim);
         of.masked = work.walk.is_full(step) ? -1 : tile * C::kTileM;
         of.fresh = tile >= work.first_fresh;
-        const int head_q = work.head_kv * p.group + work.split * p.split_heads + head;
+        const int head_q = work.head_kv * p.group + p.first_head(work.split) + head;
 
         // The consumers add to the sums in their second step, or after the only one.
         if constexpr (!C::kSecondPass) {
