@@ -122,16 +122,20 @@ def test_whole_heads_of_common_problems(head_dim, seqlen, heads, whole, waiting)
 @pytest.mark.parametrize(
     "head_dim, softcap, causal, longest, longest_deterministic",
     [(96, False, False, 512, 1024), (96, False, True, 1536, 2048), (128, False, False, 512, 1024),
-     (128, False, True, 1536, 2048), (256, False, False, 1 << 20, 1 << 20), (256, True, True, 1 << 20, 1 << 20),
+     (128, False, True, 1536, 2048), (256, False, False, 1 << 21, 1 << 21), (256, True, True, 1 << 21, 1 << 21),
      (128, True, True, 0, 0)],
 )  # fmt: skip
 def test_choice_of_the_second_pass(head_dim, softcap, causal, longest, longest_deterministic):
-    """At head_dim 256 always, at 96 and 128 in short sequences, in longer ones where blocks would wait otherwise."""
+    """At head_dim 256 always, at 96 and 128 in short sequences, in longer ones where blocks would wait otherwise. The
+    mean of a packed batch counts twice."""
     for deterministic, last in ((False, longest), (True, longest_deterministic)):
-        for seqlen in (1, 500, 513, 1024, 1025, 1536, 1537, 2048, 2049, 1 << 20):
+        for seqlen in (1, 256, 257, 512, 513, 768, 769, 1024, 1025, 1536, 1537, 2048, 2049, 1 << 19, 1 << 20):
             problem = {"seqlen_q": seqlen, "seqlen_k": seqlen, "window_right": 0 if causal else None}
-            tile = _tilewright.backward_tile(head_dim, head_dim, softcap, **problem, deterministic=deterministic)
-            assert tile["second_pass"] == (seqlen <= last)
+            for packed in (False, True):
+                tile = _tilewright.backward_tile(
+                    head_dim, head_dim, softcap, **problem, deterministic=deterministic, packed=packed
+                )
+                assert tile["second_pass"] == ((2 if packed else 1) * seqlen <= last)
 
 
 @pytest.mark.parametrize("deterministic, widest", [(False, 768), (True, 1024)])
@@ -151,8 +155,9 @@ def test_choice_of_the_second_pass_with_a_window(head_dim, deterministic, widest
 )
 def test_choice_of_the_second_pass_for_few_heads(head_dim, heads, longest, longest_causal):
     """Where neither heads nor tiles fill the multiprocessors, with the heads of queries counted; not in long sequences
-    of head_dim 64. Above, where heads that share keys are cut into splits, in sequences of up to 2,048."""
-    for causal, few, (always, with_splits) in ((False, longest, (512, 512)), (True, longest_causal, (1536, 2048))):
+    of head_dim 64. Above, where heads share keys, in sequences of up to 2,048; the mean of a packed batch counts
+    twice."""
+    for causal, few, (always, with_splits) in ((False, longest, (256, 256)), (True, longest_causal, (768, 1024))):
         for grouped in ({"heads_kv": heads}, {"heads_kv": 1, "group": heads}):
             last = max(few, with_splits if "group" in grouped else always)
             if head_dim == 64:

@@ -64,6 +64,7 @@ pybind11::dict backward_tile(int head_dim, int head_dim_v, bool softcap, int seq
                                             deterministic,
                                             heads_kv * group,
                                             heads_kv,
+                                            packed,
                                             multiprocessors};
   const int index = tilewright::select_backward_tile(problem);
   if (index < 0) throw pybind11::value_error("head_dim and head_dim_v must be at most 256");

@@ -119,6 +119,7 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
                                 p.deterministic,
                                 times * p.heads_q,
                                 times * p.heads_kv,
+                                shape.packed,
                                 blocks};
   shape.index = select_backward_tile(problem);
   if (shape.index < 0) return cudaErrorInvalidValue;

@@ -66,6 +66,7 @@ struct BackwardProblem {
   bool deterministic;
   int64_t heads;     // of queries, times batch
   int64_t heads_kv;  // times batch
+  bool packed;       // the lengths are means
   int multiprocessors;
 
   // Every query sees every key.
@@ -80,8 +81,8 @@ struct BackwardProblem {
 // Whether dQ has a second pass, where there is a choice: it costs more products, and nothing around them; additions
 // wait for each other where their order is fixed. It is worth it where neither heads nor tiles fill the
 // multiprocessors, at head_dim 64 only in short sequences; and above in short sequences always, in longer ones where
-// few key heads have several query heads each. With a window a tile is about as long as in a causal sequence of twice
-// its size.
+// few key heads have several query heads each. Where lengths vary, most of a packed batch's work is in sequences of about
+// twice the mean. With a window a tile is about as long as in a causal sequence of twice its size.
 constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) {
   const int length = max_of(problem.seqlen_q, problem.seqlen_k);
   const int64_t enough = int64_t{2} * problem.multiprocessors;
@@ -89,11 +90,12 @@ constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) 
   const bool few = 2 * problem.heads <= problem.multiprocessors && tiles <= enough;
   if (head_dim <= 64) return few && length <= (problem.full() ? 512 : 1024);
   if (few) return true;
-  if (problem.full()) return length <= (problem.deterministic ? 1024 : 512);
+  const int64_t typical = int64_t{problem.packed ? 2 : 1} * length;
+  if (problem.full()) return typical <= (problem.deterministic ? 1024 : 512);
   const bool few_keys =
       problem.heads_kv < problem.heads && problem.heads_kv * ceil_div(problem.seqlen_k, 128) <= enough;
   const int longest = problem.deterministic || few_keys ? 2048 : 1536;
-  return length <= longest || 2 * (int64_t{problem.left} + problem.right) <= longest;
+  return typical <= longest || 2 * (int64_t{problem.left} + problem.right) <= longest;
 }
 
 // The index in kBackwardTiles of the tile for a problem, -1 if none holds it: of the smallest head dimensions that do.

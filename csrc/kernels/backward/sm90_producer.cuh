@@ -138,7 +138,9 @@ struct Producer {
   // `starts`: behind the first loads, of what the call was given. It is there: the kernel before has let this one begin
   // when all before it had ended.
   __device__ __forceinline__ void load_tile(const TileWork& work, bool starts) {
-    for (int head = 0; head < p.heads_of(work.split); ++head) {
+    const int heads = p.heads_of(work.split);
+    const int first_head = work.head_kv * p.group + p.first_head(work.split);
+    for (int head = 0; head < heads; ++head) {
       for (int step = 0; step < work.walk.count; ++step) {
         const bool first = head == 0 && step == 0;
         const int stage = steps % C::kStages;
@@ -150,22 +152,21 @@ struct Producer {
         of.sums = p.dq_sum + int64_t{sum} * (C::kTileM * C::kHeadDim);
         of.masked = work.walk.is_full(step) ? -1 : tile * C::kTileM;
         of.fresh = tile >= work.first_fresh;
-        const int head_q = work.head_kv * p.group + p.first_head(work.split) + head;
 
         // The consumers add to the sums in their second step, or after the only one.
         if constexpr (!C::kSecondPass) {
-          if (head * work.walk.count + step == (p.heads_of(work.split) * work.walk.count > 1)) wait_for_zeros(p, work);
+          if (head * work.walk.count + step == (heads * work.walk.count > 1)) wait_for_zeros(p, work);
         }
         if (first && kEarlyK) load_k(work);
         ptx::mbarrier_wait(C::kWide ? &shared.dout_empty[stage] : &shared.q_empty[stage], empty_parity);
-        load_shared(shared.q_of(steps), &p.q, &shared.q_full[stage], head_q, work.query(p.packed, tile * C::kTileM),
+        load_shared(shared.q_of(steps), &p.q, &shared.q_full[stage], first_head + head, work.query(p.packed, tile * C::kTileM),
                     kStatBytes);
         if (!starts) load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
 
         if (first) load_v(work);
 
         ptx::mbarrier_wait(C::kWide ? &shared.q_empty[stage] : &shared.dout_empty[stage], empty_parity);
-        load_shared(shared.dout_of(steps), &p.dout, &shared.dout_full[stage], head_q,
+        load_shared(shared.dout_of(steps), &p.dout, &shared.dout_full[stage], first_head + head,
                     work.query(p.packed, tile * C::kTileM), kStatBytes);
         if (!starts) load_stat(shared.delta[stage], p.delta, number, &shared.dout_full[stage]);
 

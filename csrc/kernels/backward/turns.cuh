@@ -56,8 +56,9 @@ struct TurnRole {
       ptx::mbarrier_wait(&shared.tile_full[slot], number / C::kTileSlots % 2);
       const TileWork& work = shared.tile[slot];
       if (work.last) return;
-      for (int head = 0; head < p.heads_of(work.split); ++head) {
-        const bool last_head = head + 1 == p.heads_of(work.split);
+      const int heads = p.heads_of(work.split);
+      for (int head = 0; head < heads; ++head) {
+        const bool last_head = head + 1 == heads;
         for (int i = 0; i < work.walk.count; ++i, ++step) {
           visit(work, i, work.first_tile + head * p.head_tiles, last_head && i + 1 == work.walk.count);
         }
