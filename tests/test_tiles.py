@@ -208,7 +208,7 @@ def test_choice_of_splits(head_dim, softcap, seqlen, causal, window, packed, hea
     elif causal or packed or (window or seqlen) < seqlen:
         beside = tile["second_pass"] and heads_kv * group * -(-seqlen // 128) <= 2 * 132
         enough = 132 * (3 if beside else 7) / 4
-        short = causal and window is not None and window + 1 < 2048 or seqlen < 2048
+        short = (causal and window is not None and window + 1 < 2048) or seqlen < 2048
         most = group if tile["second_pass"] or (short and not packed) else 4
         wanted = next((n for n in numbers if -(-group // n) <= most and tiles * n >= enough), numbers[-1])
     else:

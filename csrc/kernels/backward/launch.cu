@@ -133,14 +133,10 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   shape.heads_kv = int64_t{p.heads_kv} * batch;
   shape.edges = !problem.full();
   shape.uneven = shape.packed || shape.edges;
-  shape.heads = {shape.packed,
-                 p.deterministic && shape.uneven,
-                 shape.heads_kv,
-                 p.heads_q / p.heads_kv,
-                 p.seqlen_q,
-                 p.seqlen_k,
-                 problem.span(),
-                 blocks};
+  shape.heads = {shape.packed,   p.deterministic && shape.uneven,
+                 shape.heads_kv, p.heads_q / p.heads_kv,
+                 p.seqlen_q,     p.seqlen_k,
+                 problem.span(), blocks};
   shape.whole_heads = takes_whole_heads(shape.tile, shape.heads);
   shape.second_pass = shape.tile.add_dq == AddDq::kSecondPass;
   shape.turns = p.deterministic && !shape.whole_heads && !shape.second_pass;

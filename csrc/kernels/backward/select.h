@@ -81,8 +81,8 @@ struct BackwardProblem {
 // Whether dQ has a second pass, where there is a choice: it costs more products, and nothing around them; additions
 // wait for each other where their order is fixed. It is worth it where neither heads nor tiles fill the
 // multiprocessors, at head_dim 64 only in short sequences; and above in short sequences always, in longer ones where
-// few key heads have several query heads each. Where lengths vary, most of a packed batch's work is in sequences of about
-// twice the mean. With a window a tile is about as long as in a causal sequence of twice its size.
+// few key heads have several query heads each. Where lengths vary, most of a packed batch's work is in sequences of
+// about twice the mean. With a window a tile is about as long as in a causal sequence of twice its size.
 constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) {
   const int length = max_of(problem.seqlen_q, problem.seqlen_k);
   const int64_t enough = int64_t{2} * problem.multiprocessors;
@@ -159,8 +159,9 @@ constexpr bool takes_whole_heads(const BackwardTile& tile, const BackwardHeads& 
 // Into how many splits the query heads of a key head are cut, each with tiles of keys of its own (splits.cuh): few
 // tiles leave multiprocessors idle. Where all tiles are alike, what counts is the rounds of tiles times the heads of
 // one, and a tenth of them at least must be gained. Else the longest tile, twice as long as the mean, should take no
-// longer than all of them on all multiprocessors; and many heads a tile are slower than few. A second pass that has few
-// tiles of queries itself does better beside the first one's longest tiles than after it.
+// longer than all of them on all multiprocessors; and many heads a tile are slower than few, unless it sees few queries
+// of each. A second pass that has few tiles of queries itself does better beside the first one's longest tiles than
+// after it.
 constexpr int select_splits(const BackwardTile& tile, const BackwardHeads& heads, int64_t tiles, bool uneven) {
   constexpr int kHeadsATile = 4, kShort = 2048, kMostSplits = 64;
   const int64_t blocks = heads.multiprocessors;

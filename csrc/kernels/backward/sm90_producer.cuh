@@ -159,8 +159,8 @@ struct Producer {
         }
         if (first && kEarlyK) load_k(work);
         ptx::mbarrier_wait(C::kWide ? &shared.dout_empty[stage] : &shared.q_empty[stage], empty_parity);
-        load_shared(shared.q_of(steps), &p.q, &shared.q_full[stage], first_head + head, work.query(p.packed, tile * C::kTileM),
-                    kStatBytes);
+        load_shared(shared.q_of(steps), &p.q, &shared.q_full[stage], first_head + head,
+                    work.query(p.packed, tile * C::kTileM), kStatBytes);
         if (!starts) load_stat(shared.lse2[stage], p.lse2, number, &shared.q_full[stage]);
 
         if (first) load_v(work);
