@@ -106,13 +106,17 @@ def add_arguments(parser: argparse.ArgumentParser, _: str) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Times the chosen models."""
-    if args.save and args.quick:
-        sys.exit("bench: a quick run is not saved")
+    names = args.model.split(",")
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        sys.exit(f"bench: no model {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    if args.save and (args.quick or set(names) != set(MODELS)):
+        sys.exit("bench: a part of the models is not saved; leave out --save, or --quick and --model")
     loaded, built = peers.load_tilewright(None)
     results.check_kernels(built, bool(args.save))
     print(f"tilewright training step on {results.device_name(args.device)}, kernels {results.kernel_id()} ({loaded})")
     print(f"{'model':<44}{'attention':<14}{'ms a step':>10}{'tokens/s':>12}{'ratio':>8}")
-    rows = [_row(args, MODELS[name]) for name in args.model.split(",")]
+    rows = [_row(args, MODELS[name]) for name in names]
     if args.save:
         entry = {"rows": rows, "versions": results.versions(args.device, {})}
         name = f"b{args.batch}-bf16" + ("-compiled" if args.compile else "")

@@ -110,9 +110,10 @@ def attention(
 
     The gradient exists for every option above, of each of q, k, v and sinks that asks for it, through out and lse both;
     gradients are contiguous, and those of keys and values are summed over the heads that share them. Kept for it are q,
-    k, v, out, lse and sinks. The backward computes the scores again and needs, beside the gradients, at most a float32
-    copy of dq and two floats a query and head: nothing of size seqlen_q × seqlen_k. It works under autocast,
-    torch.compile, activation checkpointing, and the capture of a CUDA graph.
+    k, v, out, lse and sinks. The backward computes the scores again and needs, beside the gradients, at most float32
+    sums of dq, of dk and dv where several query heads share few key heads, and two floats a query and head: nothing of
+    size seqlen_q × seqlen_k. It works under autocast, torch.compile, activation checkpointing, and the capture of a
+    CUDA graph.
 
     Example:
         >>> q = torch.randn(2, 128, 8, 64, requires_grad=True)
