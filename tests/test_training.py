@@ -107,6 +107,17 @@ def test_a_scale_that_asks_for_a_gradient(device):
             tilewright.attention(q, k, v, **{name: number})
 
 
+def test_keywords_used_again(device):
+    """A dict that changes between forward and backward does not change the gradient."""
+    q, k, v = cases.make(device, DTYPE, seqlen_q=20)
+    expected = cases.gradients(cases.call, q, k, v, q, causal=True)["v"]
+    v.requires_grad_()
+    keywords = {"causal": True}
+    out, _ = Attention.apply(q, k, v, None, keywords)
+    keywords["causal"] = False
+    assert torch.equal(torch.autograd.grad(out, v, q)[0], expected)
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev], ids=lambda f: f.__name__)
 def test_torch_func_refuses(device, transform):
     q, k, v = cases.make(device, DTYPE, seqlen_q=5, head_dim=16)
