@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bench import accuracy, fa3_backward, host, peers, report, results, shapes
+from bench.names import names_of
 from bench.problem import Inputs, Problem, make_inputs
 from bench.timing import MakeVersion, Timer, Timing
 
@@ -21,9 +22,11 @@ SECONDS_A_ROW = {"short": 0.2}
 
 def add_arguments(parser: argparse.ArgumentParser, work: str) -> None:
     """The options of the bench of ``work``."""
-    parser.add_argument("--set", default="standard", help=f"one or more of {','.join(shapes.TABLES[work])}; or all")
-    parser.add_argument("--dtype", default="bf16", help="one or more of bf16,fp16,fp32 (fp32: CPU only)")
-    parser.add_argument("--peers", default=None, help="one or more of cudnn,fa2,fa3,fa4,torch; or none")
+    tables = shapes.TABLES[work]
+    sets, dtypes, others = names_of(tables, all=list(tables)), names_of(DTYPES), names_of(peers.PEERS, none=[])
+    parser.add_argument("--set", default="standard", type=sets, help=f"one or more of {','.join(tables)}; or all")
+    parser.add_argument("--dtype", default="bf16", type=dtypes, help="one or more of bf16,fp16,fp32 (fp32: CPU only)")
+    parser.add_argument("--peers", type=others, help=f"one or more of {','.join(peers.PEERS)}; or none")
     parser.add_argument("--only", default="", help="phrases that a row must hold, as 'causal, d 128, s 4096'")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     if work == "forward":
@@ -39,16 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser, work: str) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the chosen sets of ``args.command``; 1 if ours failed on any row."""
-    work, tables = args.command, shapes.TABLES[args.command]
+    work = args.command
     deterministic = work != "forward" and args.deterministic
-    names = list(tables) if args.set == "all" else args.set.split(",")
-    unknown = [name for name in names if name not in tables]
-    if unknown:
-        sys.exit(f"bench: no set {', '.join(unknown)}; there are {', '.join(tables)}")
     if args.save and (args.quick or args.only):
         sys.exit("bench: a part of a set is not saved; leave out --save, or --quick and --only")
-    default = "torch" if args.device == "cpu" else "cudnn,fa2,fa3,fa4" if work == "forward" else "cudnn,fa2,fa4"
-    wanted = [name for name in (args.peers or default).split(",") if name != "none"]
+    of_gpu = ["cudnn", "fa2", "fa3", "fa4"] if work == "forward" else ["cudnn", "fa2", "fa4"]
+    wanted = args.peers if args.peers is not None else ["torch"] if args.device == "cpu" else of_gpu
     loaded, built = peers.load_tilewright(args.library)
     results.check_kernels(built, bool(args.save))
     found, missing = peers.available(wanted)
@@ -63,8 +62,8 @@ def main(args: argparse.Namespace) -> int:
         adapters["any order"] = peers.ours  # its dq is summed as the blocks come
     timer = Timer(args.device, through_autograd=work != "forward")
     failed = False
-    for dtype in args.dtype.split(","):
-        for name in names:
+    for dtype in args.dtype:
+        for name in args.set:
             run = {"accuracy": accuracy.run, "host": host.run}.get(name, run_set)
             entry = run(args, name, DTYPES[dtype], adapters, timer)
             failed |= any(row["tflops"] is None for row in entry["rows"] if "tflops" in row)
@@ -101,6 +100,8 @@ def run_set(
         if fa3_to_cudnn and rows[-1]["peers"].get("cudnn"):
             rows[-1]["derived"] = {"fa3": float(f"{fa3_to_cudnn * rows[-1]['peers']['cudnn']:.4g}")}
         table.print(rows[-1])
+    if not rows:
+        print(f"no row holds '{args.only}'")
     report.print_summary(rows)
     report.print_errors(rows)
     return {"roofs": {key: float(f"{value:.4g}") for key, value in roofs.items()}, "rows": rows}

@@ -41,8 +41,10 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plot(args: argparse.Namespace) -> int:
     """Draws TFLOP/s over seqlen, a panel for each head_dim and mask; a file for each work, GPU and kind of the set."""
-    import matplotlib  # only plots need it
-
+    try:
+        import matplotlib  # only plots need it
+    except ImportError as error:
+        sys.exit(f"bench: plots need matplotlib ({error})")
     matplotlib.use("svg")
     # The same results draw the same file, with its text as text.
     matplotlib.rcParams.update({"svg.hashsalt": "tilewright", "svg.fonttype": "none"})

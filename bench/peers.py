@@ -59,7 +59,10 @@ def load_tilewright(library: str | None) -> tuple[str, str | None]:
     the id of the kernels in it where it knows that.
     """
     if library:
-        torch.ops.load_library(library)
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            sys.exit(f"bench: --library {library} cannot be loaded: {error}")
         return library, None
     try:
         import tilewright  # --library must work where the package is not installed

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench import peers, report, results
+from bench.names import names_of
 
 ROUNDS, STEPS = 12, 5  # rounds of so many steps of each; the median of the rounds counts
 WARM_UP = 3
@@ -96,7 +97,8 @@ class GPT(nn.Module):
 
 def add_arguments(parser: argparse.ArgumentParser, _: str) -> None:
     """The options of the step bench."""
-    parser.add_argument("--model", default=",".join(MODELS), help=f"one or more of {','.join(MODELS)}")
+    models = ",".join(MODELS)
+    parser.add_argument("--model", default=models, type=names_of(MODELS), help=f"one or more of {models}")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--compile", action="store_true", help="the models by torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
@@ -106,13 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser, _: str) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Times the chosen models."""
-    if args.save and args.quick:
-        sys.exit("bench: a quick run is not saved")
+    if args.save and (args.quick or set(args.model) != set(MODELS)):
+        sys.exit("bench: a part of the models is not saved; leave out --save, or --quick and --model")
     loaded, built = peers.load_tilewright(None)
     results.check_kernels(built, bool(args.save))
     print(f"tilewright training step on {results.device_name(args.device)}, kernels {results.kernel_id()} ({loaded})")
     print(f"{'model':<44}{'attention':<14}{'ms a step':>10}{'tokens/s':>12}{'ratio':>8}")
-    rows = [_row(args, MODELS[name]) for name in args.model.split(",")]
+    rows = [_row(args, MODELS[name]) for name in args.model]
     if args.save:
         entry = {"rows": rows, "versions": results.versions(args.device, {})}
         name = f"b{args.batch}-bf16" + ("-compiled" if args.compile else "")

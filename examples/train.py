@@ -175,21 +175,30 @@ def plot(losses, path):
     print(f"drew {path}")
 
 
+def positive(text):
+    """A whole number above 0, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return int(text)
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", default="tilewright", choices=(*ATTENTIONS, "both"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=tuple(SIZES))
     for name in SIZES["cpu"]:
-        parser.add_argument(
-            f"--{name}", type=int, help=", ".join(f"{sizes[name]} on {d}" for d, sizes in SIZES.items())
-        )
+        text = ", ".join(f"{sizes[name]} on {device}" for device, sizes in SIZES.items())
+        parser.add_argument(f"--{name}", type=positive, help=text)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", default="loss.svg", help="where the loss curves are drawn, .svg or .png")
     args = parser.parse_args()
     for name, size in SIZES[args.device].items():
-        setattr(args, name, getattr(args, name) or size)
+        if getattr(args, name) is None:
+            setattr(args, name, size)
+    if args.dim % (8 * args.heads) or args.dim > 256 * args.heads:
+        parser.error(f"--dim / --heads is the head_dim, a multiple of 8 up to 256, got {args.dim} / {args.heads}")
 
     documents = Documents(args.context, args.device)
     print(f"{sum(map(len, documents.training)):,} bytes in {len(documents.training)} pieces to train on")

@@ -110,6 +110,17 @@ def test_scale(device, dtype, scale):
     cases.check_forward(q, k, v, scale=scale, softcap=5.0)
 
 
+@pytest.mark.parametrize("options", [{"scale": 1e-60}, {"softcap": 1e-30}, {"scale": 1e20, "softcap": 1e-20}], ids=str)
+def test_scores_that_vanish(device, dtype, options):
+    """All keys that are seen weigh the same, the others nothing: their scores of -inf do not meet a factor of 0."""
+    q, k, v = cases.make(device, dtype, seqlen_q=70, seqlen_k=90, head_dim=40)
+    dout, dlse = cases.into_outputs(q, v)
+    for mask in ({"causal": True}, {"window": (20, 5)}):
+        cases.check_forward(q, k, v, **mask, **options)
+        grads = cases.gradients(cases.call, q, k, v, dout, dlse, **mask, **options)
+        assert all(grad.isfinite().all() for grad in grads.values())
+
+
 def test_large_scores(device, dtype):
     """Scores in the hundreds: the softmax subtracts its maximum, so nothing overflows."""
     q, k, v = cases.make(device, dtype, seqlen_q=100, seqlen_k=300, head_dim=64)

@@ -131,8 +131,11 @@ BAD = {
     "softcap negative": (lambda a: {"softcap": -1.0}, ValueError, ["softcap", "-1", "0 or"]),
     "softcap NaN": (lambda a: {"softcap": float("nan")}, ValueError, ["softcap", "nan"]),
     "softcap infinite": (lambda a: {"softcap": float("inf")}, ValueError, ["softcap", "inf"]),
+    "softcap too large": (lambda a: {"softcap": 1e39}, ValueError, ["softcap", "1e30", "1e+39"]),
+    "softcap too small": (lambda a: {"softcap": 1e-50}, ValueError, ["softcap", "1e-30", "1e-50"]),
     "scale NaN": (lambda a: {"scale": float("nan")}, ValueError, ["scale", "nan"]),
     "scale infinite": (lambda a: {"scale": float("-inf")}, ValueError, ["scale", "inf"]),
+    "scale too large": (lambda a: {"scale": -1e39}, ValueError, ["scale", "1e30", "-1e+39"]),
     "sinks too few": (
         lambda a: {"sinks": torch.zeros(3, device=a["q"].device)},
         ValueError,
@@ -249,6 +252,24 @@ def test_attention(device, name):
 @pytest.mark.parametrize("name", BAD_PACKED)
 def test_attention_varlen(device, name):
     check("attention_varlen", device, *BAD_PACKED[name])
+
+
+@pytest.mark.parametrize("operator", FUNCTIONS)
+def test_beyond_64_bits(device, operator):
+    """Where torch itself would not say which argument it was."""
+    make, function = FUNCTIONS[operator]
+    for name, value in (("window", (2**63, 0)), ("sink_tokens", 2**70), ("scale", -(10**400)), ("softcap", 10**20)):
+        with pytest.raises(ValueError) as error:
+            function(**make(device, torch.bfloat16), **{name: value})
+        says(error, [name, "2**63", str(value)])
+
+
+@pytest.mark.parametrize("operator", FUNCTIONS)
+def test_return_lse(device, operator):
+    make, function = FUNCTIONS[operator]
+    with pytest.raises(TypeError) as error:
+        function(**make(device, torch.bfloat16), return_lse="no")
+    says(error, ["return_lse", "a bool", "str"])
 
 
 @pytest.mark.parametrize("name", BAD_DEVICE)

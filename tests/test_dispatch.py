@@ -1,4 +1,4 @@
-"""The public way through PyTorch's dispatcher, for a torch that lacks the private names of the quick one."""
+"""The ways through PyTorch's dispatcher for a torch that lacks the private names of the quickest one."""
 
 import subprocess
 import sys
@@ -11,17 +11,20 @@ there = torch._C._AutoDispatchBelowAutograd
 del torch._C._AutoDispatchBelowAutograd
 import tilewright
 torch._C._AutoDispatchBelowAutograd = there
-assert not tilewright._dispatch.QUICK
+assert tilewright._dispatch.below_autograd is not there
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
 """
 TESTS = Path(__file__).resolve().parent
-PART = "three_ways or test_autocast or test_grad_modes or (nothing_is_dropped and (by_ or under_autocast))"
+PART = (
+    "three_ways or test_autocast or test_grad_modes or forward_mode or torch_func or differentiated_twice "
+    "or (nothing_is_dropped and (by_ or under_autocast))"
+)
 
 
 def test_without_private_names():
-    """Slower, and right: everything through the operators, their gradient by torch.library.register_autograd."""
-    files = [str(TESTS / "test_torch_integration.py"), str(TESTS / "test_training.py")]
+    """Slower, and right."""
+    files = [str(TESTS / f"test_{name}.py") for name in ("torch_integration", "training", "gradients")]
     command = [sys.executable, "-c", SCRIPT, *files, "-k", PART]
     result = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr

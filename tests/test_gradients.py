@@ -112,6 +112,29 @@ def test_small_sizes(device, dtype, shape):
     cases.check_gradients(q, k, v, causal=True)
 
 
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, seqlen_q, options",
+    [
+        (64, 64, 130, {}),
+        (64, 64, 130, {"causal": True}),
+        (128, 128, 520, {}),
+        (192, 128, 130, {}),
+        (256, 256, 130, {}),
+        (64, 64, 130, {"softcap": 10.0}),
+    ],
+    ids=str,
+)
+def test_many_heads_without_keys(device, dtype, head_dim, head_dim_v, seqlen_q, options):
+    """More heads than a kernel takes before it finds the first key. What lay in memory is no number."""
+    shape = {"batch": 270, "seqlen_q": seqlen_q, "seqlen_k": 0, "heads_q": 1, "heads_kv": 1}
+    q, k, v = cases.make(device, dtype, **shape, head_dim=head_dim, head_dim_v=head_dim_v)
+    dout, dlse = cases.into_outputs(q, v)
+    if device == "cuda":
+        torch.full((1 << 27,), float("nan"), device=device)
+    grads = cases.gradients(cases.call, q, k, v, dout, dlse, **options)
+    assert (grads["q"] == 0).all()
+
+
 @pytest.mark.parametrize("into", [1e4, INFINITY, float("nan")])
 def test_empty_rows_have_no_gradient(device, dtype, into):
     """Whatever flows into their lse of -inf: its square sends back -inf. And what is finite into their out."""
@@ -329,7 +352,7 @@ def test_gradcheck_varlen():
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_no_second_derivative(device):
+def test_not_differentiated_twice(device):
     """There is none yet: an error, not a wrong number."""
     q, k, v = (x.requires_grad_() for x in cases.make(device, torch.bfloat16, seqlen_q=5, head_dim=8))
     (dq,) = torch.autograd.grad(tilewright.attention(q, k, v).square().sum(), q, create_graph=True)

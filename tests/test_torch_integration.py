@@ -267,6 +267,27 @@ def test_no_forward_mode(device, call):
         torch.func.jvp(lambda x: call(x, k, v), (q,), (torch.ones_like(q),))
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_no_forward_mode_through_the_gradient(device, call):
+    """Nor there, where only what flows in has a tangent."""
+    q, k, v = cases.make(device, DTYPE, seqlen_q=5, head_dim=16)
+    q.requires_grad_()
+    out = call(q, k, v)
+
+    def gradient(dout):
+        return torch.autograd.grad(out, q, dout, retain_graph=True)[0]
+
+    dout = torch.ones_like(out)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(dout, dout)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            gradient(dual)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            cases.backward(q.detach(), k, v, dual)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(gradient, (dout,), (dout,))
+
+
 def test_parameters_and_tensors(device):
     """nn.Parameter is a tensor like any other."""
     q, k, v = cases.make(device, DTYPE, seqlen_q=20)

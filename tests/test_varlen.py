@@ -202,6 +202,25 @@ def test_neighbouring_bytes(device, dtype):
         cases.check_forward(q, k, v, **cu_seqlens, window=(20, 20), sink_tokens=30)
 
 
+def test_max_seqlen_is_no_guard(device):
+    """A compiled function is compiled once, whatever the hint."""
+    compilations = []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def compiled(q, k, v, cu_seqlens, longest):
+        named = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        return tilewright.attention_varlen(q, k, v, **named, max_seqlen_q=longest, max_seqlen_k=longest)
+
+    q, k, v, cu_seqlens = cases.make_packed(device, torch.bfloat16, [4, 16])
+    for longest in range(16, 40):
+        compiled(q, k, v, cu_seqlens["cu_seqlens_q"], longest)
+    assert len(compilations) <= 2
+
+
 def test_max_seqlen_is_only_a_hint(device, dtype):
     q, k, v, cu_seqlens = cases.make_packed(device, dtype, [20, 140], [30, 150])
     out, lse = cases.call(q, k, v, **cu_seqlens)

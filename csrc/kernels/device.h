@@ -40,22 +40,29 @@ struct LaunchShape {
   int shared_bytes;
 };
 
-// Starts a kernel that may be set up while the one before it in the stream still runs: it calls
-// ptx::wait_for_prerequisite_grids before it touches what that one reads or writes.
+// Starts a kernel, and returns what became of that alone, not an error of others that nobody has fetched yet.
+template <class Params>
+cudaError_t start(void (*kernel)(Params), const LaunchShape& shape, cudaStream_t stream, const Params& params,
+                  cudaLaunchAttribute* attribute = nullptr) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = attribute ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// One that may be set up while the one before it in the stream still runs: it calls ptx::wait_for_prerequisite_grids
+// before it touches what that one reads or writes.
 template <class Params>
 cudaError_t start_overlapping(void (*kernel)(Params), const LaunchShape& shape, cudaStream_t stream,
                               const Params& params) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return start(kernel, shape, stream, params, &overlap);
 }
 
 }  // namespace tilewright

@@ -10,6 +10,7 @@ namespace {
 // Row counts stay below it, so that position + Window::kUnbounded fits in an int.
 constexpr int64_t kRowLimit = Window::kUnbounded;
 constexpr int64_t kMaxHeadDim = 256;
+constexpr double kMostScale = 1e30;  // what is done in float32 stays far from its ends
 
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -71,7 +72,7 @@ void check_rows_and_head_dim(const Argument& argument) {
   }
   for (int64_t dim = 0; dim + 1 < argument.rank; ++dim) {
     if (argument.sizes[dim] >= kRowLimit) {
-      fail(argument.name, " must have fewer than 2**30 in every dimension, got shape ",
+      fail(argument.name, " must have fewer than 2**30 - 1 in every dimension but the last, got shape ",
            shape_text(argument.sizes, argument.rank));
     }
   }
@@ -121,10 +122,10 @@ void check_options(const Options& options, Problem& problem) {
   problem.window.sink_tokens = check_bound("sink_tokens", options.sink_tokens);
 
   problem.scale = options.scale ? *options.scale : 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
-  if (!std::isfinite(problem.scale)) fail("scale must be finite, got ", problem.scale);
+  if (!(std::abs(problem.scale) <= kMostScale)) fail("scale must be from -1e30 to 1e30, got ", problem.scale);
   problem.softcap = options.softcap;
-  if (!std::isfinite(problem.softcap) || problem.softcap < 0) {
-    fail("softcap must be finite and 0 or above, got ", problem.softcap);
+  if (problem.softcap != 0 && !(problem.softcap >= 1 / kMostScale && problem.softcap <= kMostScale)) {
+    fail("softcap must be 0 or from 1e-30 to 1e30, got ", problem.softcap);
   }
 }
 
@@ -204,7 +205,7 @@ Problem check_forward(const ForwardCall& call) {
     check_cu_seqlens(call.cu_seqlens_q, q);
     check_cu_seqlens(call.cu_seqlens_k, k);
     check_size(call.cu_seqlens_k, 0, "length", call.cu_seqlens_q, 0);
-    if (call.cu_seqlens_q.sizes[0] > kRowLimit) fail("cu_seqlens_q must have at most 2**30 elements");
+    if (call.cu_seqlens_q.sizes[0] > kRowLimit) fail("cu_seqlens_q must have fewer than 2**30 elements");
     check_hint("max_seqlen_q", call.max_seqlen_q);
     check_hint("max_seqlen_k", call.max_seqlen_k);
   }

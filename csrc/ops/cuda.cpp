@@ -69,9 +69,12 @@ cudaStream_t current_stream(int device) {
 }
 
 // TMA wants the base address and every stride at multiples of 16 bytes, and no stride of 0 in a dimension that has
-// extent.
+// extent; and the rows of a packed tensor, whose coordinates wrap around (tile/row_coordinates.h), less than 2^34 bytes
+// apart.
 bool tma_can_address(const Argument& argument) {
   constexpr int64_t kElementsPer16Bytes = 8;  // of bfloat16 or float16
+  constexpr int64_t kPackedRowLimit = int64_t{1} << 33;
+  if (argument.rank == 3 && argument.sizes[0] > 1 && argument.strides[0] >= kPackedRowLimit) return false;
   if (reinterpret_cast<uintptr_t>(argument.data()) % 16 != 0) return false;
   for (int64_t dim = 0; dim + 1 < argument.rank; ++dim) {
     if (argument.sizes[dim] <= 1) continue;

@@ -4,13 +4,13 @@ torch.ops.tilewright.* works everywhere, but its registered autograd is Python t
 nothing needs a gradient. In plain eager mode the public functions go around it, which halves their host time.
 
 What is not public in torch here is what torch's own Python calls in the same place, and saves microseconds. A torch
-without the two names that are there for speed alone takes the public way, always (QUICK).
+without the names that are there for speed alone takes slower ways to the same end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,29 +20,32 @@ from torch._C import _are_functorch_transforms_active as functorch_is_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+# AutogradCPU stands for every device's: what a guard excludes is the functionality.
+_AUTOGRAD = (
+    DispatchKeySet(DispatchKey.AutogradCPU)
+    | DispatchKeySet(DispatchKey.AutogradOther)
+    | DispatchKeySet(DispatchKey.AutogradNestedTensor)
+)
+_AUTOGRAD_AND_AUTOCAST = _AUTOGRAD | DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
+
 try:
     from torch._C import _AutoDispatchBelowAutograd as below_autograd
     from torch._C._functorch import unwrap_if_dead
 
-    QUICK = True
+    _QUICK_APPLY = True
 except ImportError:
-    below_autograd, QUICK = nullcontext, False
+    _QUICK_APPLY = False
+
+    def below_autograd() -> AbstractContextManager[None]:
+        """A context in which an operator runs without its registered autograd."""
+        return _ExcludeDispatchKeyGuard(_AUTOGRAD)
 
     def unwrap_if_dead(tensor: Tensor) -> Tensor:
-        """Never called: every call then takes the operator, behind which there are no wrappers."""
+        """``function.apply`` unwraps the tensors itself."""
         return tensor
 
 
 _PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-
-# AutogradCPU stands for every device's: what a guard excludes is the functionality.
-_AUTOGRAD_AND_AUTOCAST = (
-    DispatchKeySet(DispatchKey.AutogradCPU)
-    | DispatchKeySet(DispatchKey.AutogradOther)
-    | DispatchKeySet(DispatchKey.AutogradNestedTensor)
-    | DispatchKeySet(DispatchKey.AutocastCPU)
-    | DispatchKeySet(DispatchKey.AutocastCUDA)
-)
 
 
 def direct(operator: Any) -> Callable[..., Any]:
@@ -58,7 +61,7 @@ def quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     So no transform may be active (functorch_is_active), and no tensor may be a wrapper that has outlived one
     (unwrap_if_dead); there are none behind the dispatcher.
     """
-    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+    return super(torch.autograd.Function, function).apply if _QUICK_APPLY else function.apply
 
 
 def _autocast_is_enabled(q: Tensor) -> bool:
@@ -74,8 +77,7 @@ def below_autograd_and_autocast(q: Tensor) -> AbstractContextManager[None]:
 def takes_operator(q: Tensor) -> bool:
     """Whether something (a compiler, torch.func, autocast, forward mode) needs to see the operator itself."""
     return (
-        not QUICK
-        or is_compiling()
+        is_compiling()
         or type(q) not in _PLAIN_TENSORS
         or functorch_is_active()
         or _autocast_is_enabled(q)
@@ -83,12 +85,17 @@ def takes_operator(q: Tensor) -> bool:
     )
 
 
-def needs_grad(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
-    """Whether autograd must record the call. There is no forward mode: that is an error, not a missing tangent."""
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """There is none: an error, not a result without a tangent."""
     if forward_ad._current_level >= 0:
-        for tensor in (q, k, v, sinks):
+        for tensor in tensors:
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError("tilewright: attention has no forward-mode derivative (jvp), only a backward")
+
+
+def needs_grad(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    """Whether autograd must record the call."""
+    refuse_forward_mode(q, k, v, sinks)
     try:
         return is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)

@@ -20,6 +20,7 @@ from tilewright._dispatch import (
     functorch_is_active,
     is_compiling,
     needs_grad,
+    refuse_forward_mode,
 )
 from tilewright._library import ops
 
@@ -33,6 +34,7 @@ def _gradients(ctx: Any, operator: Any, dout: Tensor | None, dlse: Tensor | None
     none_for_cu_seqlens = (None,) * (len(rest) - 1)
     if dout is None and dlse is None:
         return (None,) * len(ctx.needs_input_grad)
+    refuse_forward_mode(dout, dlse)
     if dout is None:
         dout = torch.zeros_like(out)
     if is_compiling() or torch.is_grad_enabled():  # with create_graph=True
@@ -41,8 +43,7 @@ def _gradients(ctx: Any, operator: Any, dout: Tensor | None, dlse: Tensor | None
         with below_autograd():
             dq, dk, dv, dsinks = operator(dout, dlse, q, k, v, out, lse, *rest, **ctx.keywords)
     grads = (dq, dk, dv, *none_for_cu_seqlens, dsinks, None)
-    # torch.library.register_autograd does not count the keywords, nor a sinks that was left out.
-    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 class Attention(torch.autograd.Function):
@@ -56,7 +57,8 @@ class Attention(torch.autograd.Function):
     Returns:
         out and lse, as from :func:`tilewright.attention`; the gradients of q, k, v and sinks that are asked for.
 
-    Autocast does not reach inside. Shapes, dtypes and errors are those of :func:`tilewright.attention`.
+    For eager mode, and autocast does not reach inside. Shapes, dtypes and values are checked as by
+    :func:`tilewright.attention`; whether arguments are tensors, and keywords of the right type, is left to torch.
 
     Example:
         >>> q, k, v = (torch.randn(1, 16, 4, 32, requires_grad=True) for _ in range(3))
@@ -70,7 +72,7 @@ class Attention(torch.autograd.Function):
         with below_autograd_and_autocast(q):
             out, lse = _attention(q, k, v, sinks, **keywords)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.keywords = keywords
+        ctx.keywords = dict(keywords)  # the caller's may change
         # An output that nothing depends on then has the gradient None, and costs nothing.
         ctx.set_materialize_grads(False)
         return out, lse
@@ -83,8 +85,8 @@ class Attention(torch.autograd.Function):
 class AttentionVarlen(torch.autograd.Function):
     """``AttentionVarlen.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, keywords) -> (out, lse)``
 
-    As :class:`Attention`, for packed sequences: shapes, dtypes and errors are those of
-    :func:`tilewright.attention_varlen`, and `keywords` can also hold max_seqlen_q and max_seqlen_k.
+    As :class:`Attention`, for the packed sequences of :func:`tilewright.attention_varlen`; `keywords` can also hold
+    max_seqlen_q and max_seqlen_k.
 
     Example:
         >>> q, k, v = (torch.randn(10, 4, 32, requires_grad=True) for _ in range(3))
@@ -106,7 +108,7 @@ class AttentionVarlen(torch.autograd.Function):
         with below_autograd_and_autocast(q):
             out, lse = _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, **keywords)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks)
-        ctx.keywords = keywords
+        ctx.keywords = dict(keywords)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -116,7 +118,7 @@ class AttentionVarlen(torch.autograd.Function):
 
 
 # For torch.ops the same Functions are registered by hand: what torch.library.register_autograd registers fills in the
-# schema's defaults in Python on every call, which takes 50 µs. It is the way for a torch without the quick one.
+# schema's defaults in Python on every call, which takes 50 µs, and drops the tangents of forward mode.
 
 _apply = _dispatch.quick_apply(Attention)
 _apply_varlen = _dispatch.quick_apply(AttentionVarlen)
@@ -138,25 +140,33 @@ def _autograd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks=None, **keywords
         return _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, **keywords)
 
 
-def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
-    ctx.keywords = keyword_only_inputs
-    ctx.set_materialize_grads(False)
+class _Gradient(torch.autograd.Function):
+    """``_Gradient.apply(operator, keywords, *tensors)``: a gradient, which has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, keywords: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with below_autograd():
+            return tuple(operator(*tensors, **keywords))
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        # Were it not there, a gradient of a gradient would silently lack the part that goes through attention.
+        raise RuntimeError("tilewright: attention cannot be differentiated twice; its backward has no gradient")
+
+
+def _autograd_of_gradient(operator: Any) -> Any:
+    def autograd(*tensors: Tensor | None, **keywords: Any) -> tuple[Tensor, ...]:
+        refuse_forward_mode(*tensors)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return _Gradient.apply(operator, keywords, *tensors)
+        with below_autograd():
+            return operator(*tensors, **keywords)
+
+    return autograd
 
 
 _library = torch.library.Library("tilewright", "IMPL")
-if _dispatch.QUICK:
-    _library.impl("attention", _autograd, "Autograd")
-    _library.impl("attention_varlen", _autograd_varlen, "Autograd")
-else:
-    for _name, _function in (("attention", Attention), ("attention_varlen", AttentionVarlen)):
-        torch.library.register_autograd(f"tilewright::{_name}", _function.backward, setup_context=_setup_context)
-
-
-def _no_second_derivative(*_args: Any) -> Any:
-    # Were it not registered, a gradient of a gradient would silently lack the part that goes through attention.
-    raise RuntimeError("tilewright: attention cannot be differentiated twice; its backward has no gradient")
-
-
-torch.library.register_autograd("tilewright::attention_backward", _no_second_derivative)
-torch.library.register_autograd("tilewright::attention_varlen_backward", _no_second_derivative)
+_library.impl("attention", _autograd, "Autograd")
+_library.impl("attention_varlen", _autograd_varlen, "Autograd")
+for _name in ("attention_backward", "attention_varlen_backward"):
+    _library.impl(_name, _autograd_of_gradient(getattr(ops, _name).default), "Autograd")

@@ -162,17 +162,25 @@ def generate(model: GPT, prompt: str, count: int, generator: torch.Generator, de
     return bytes(tokens[0].tolist()).decode(errors="replace")
 
 
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return int(text)
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tilewright.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, help="default 1200, on CUDA 1500")
-    parser.add_argument("--seconds", type=float, default=75.0, help="the training ends by then, whatever the steps")
-    parser.add_argument("--batch", type=int, help="sequences a step, default 4, on CUDA 128")
+    parser.add_argument("--steps", type=_positive, help="default 1200, on CUDA 1500")
+    parser.add_argument("--seconds", type=_positive, default=75, help="the training ends by then, whatever the steps")
+    parser.add_argument("--batch", type=_positive, help="sequences a step, default 4, on CUDA 128")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompt", default="The import statement ")
+    parser.add_argument("--prompt", default="The import statement ", help="what it continues, a byte at least")
     args = parser.parse_args()
+    if not args.prompt:
+        parser.error("--prompt must not be empty")
     cuda = args.device == "cuda"
     args.steps = args.steps or (1500 if cuda else 1200)
     args.batch = args.batch or (128 if cuda else 4)

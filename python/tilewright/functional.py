@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tilewright._dispatch import below_autograd, direct, needs_grad, quick_apply, takes_operator, unwrap_if_dead
 from tilewright._library import ops
@@ -31,6 +32,8 @@ def _refuse(**tensors: Any) -> NoReturn:
 def _typed(name: str, value: Any, types: tuple[type, ...], wanted: str) -> Any:
     if not isinstance(value, types):
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # torch takes no other
+        raise ValueError(f"{name} must be from -2**63 to 2**63 - 1, got {value}")
     return value
 
 
@@ -38,10 +41,12 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window must be None or a pair (left, right), got {window!r}")
     for bound in window:
-        if bound is not None and not isinstance(bound, _INTEGERS):
+        if bound is None:
+            continue
+        if not isinstance(bound, _INTEGERS):
             raise TypeError(f"window must hold integers or None, got {window!r}")
-        if bound is not None and bound < 0:
-            raise ValueError(f"window must hold integers that are 0 or above, or None, got {window!r}")
+        if bound < 0 or (isinstance(bound, int) and bound >= 2**63):
+            raise ValueError(f"window must hold integers that are 0 or above and below 2**63, or None, got {window!r}")
     return window[0], window[1]
 
 
@@ -93,8 +98,8 @@ def attention(
             is unbounded.
         scale: of the scores; None is 1/√head_dim.
         softcap: c turns every scaled score s into c·tanh(s/c), before the mask; 0 is off.
-        sinks: (heads_q,), float32 (float64 with float64 q): one logit a head that joins the softmax's denominator and
-            has no value. It is not scaled, and counted in lse.
+        sinks: (heads_q,), contiguous, float32 (float64 with float64 q): one logit a head that joins the softmax's
+            denominator and has no value. It is not scaled, and counted in lse.
         sink_tokens: the first keys that stay visible on the left of the window.
         deterministic: the gradients have the same bits every run. (The forward always has them, and on the CPU so has
             the backward. Otherwise a GPU's blocks add to dq in the order they come in.)
@@ -110,9 +115,10 @@ def attention(
 
     The gradient exists for every option above, of each of q, k, v and sinks that asks for it, through out and lse both;
     gradients are contiguous, and those of keys and values are summed over the heads that share them. Kept for it are q,
-    k, v, out, lse and sinks. The backward computes the scores again and needs, beside the gradients, at most a float32
-    copy of dq and two floats a query and head: nothing of size seqlen_q × seqlen_k. It works under autocast,
-    torch.compile, activation checkpointing, and the capture of a CUDA graph.
+    k, v, out, lse and sinks. The backward computes the scores again and needs, beside the gradients, at most float32
+    sums of dq, of dk and dv where several query heads share few key heads, and two floats a query and head: nothing of
+    size seqlen_q × seqlen_k. It works under autocast, torch.compile, activation checkpointing, and the capture of a
+    CUDA graph.
 
     Example:
         >>> q = torch.randn(2, 128, 8, 64, requires_grad=True)
@@ -134,6 +140,7 @@ def attention(
     if not (sinks is None or isinstance(sinks, Tensor)):
         _refuse(sinks=sinks)
     keywords = _keywords(causal, window, scale, softcap, sink_tokens, deterministic)
+    _typed("return_lse", return_lse, (bool,), "a bool")
     if takes_operator(q):
         out, lse = ops.attention.default(q, k, v, sinks, **keywords)
     elif needs_grad(q, k, v, sinks):
@@ -173,7 +180,8 @@ def attention_varlen(
         q: (total_q, heads_q, head_dim), dtypes and strides as in :func:`attention`.
         k: (total_k, heads_kv, head_dim).
         v: (total_k, heads_kv, head_dim_v).
-        cu_seqlens_q: (batch + 1,), int32, on q's device: where each sequence of queries starts and the last one ends.
+        cu_seqlens_q: (batch + 1,), int32, contiguous, on q's device: where each sequence of queries starts and the last
+            one ends.
         cu_seqlens_k: (batch + 1,), the same for the keys.
         max_seqlen_q: the longest sequence of queries, a hint that is never needed and changes no result.
         max_seqlen_k: the longest sequence of keys, likewise.
@@ -205,10 +213,12 @@ def attention_varlen(
     if not (sinks is None or isinstance(sinks, Tensor)):
         _refuse(sinks=sinks)
     keywords = _keywords(causal, window, scale, softcap, sink_tokens, deterministic)
-    if max_seqlen_q is not None:
-        keywords["max_seqlen_q"] = _typed("max_seqlen_q", max_seqlen_q, _INTEGERS, "an integer or None")
-    if max_seqlen_k is not None:
-        keywords["max_seqlen_k"] = _typed("max_seqlen_k", max_seqlen_k, _INTEGERS, "an integer or None")
+    _typed("return_lse", return_lse, (bool,), "a bool")
+    for name, hint in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if hint is not None:
+            _typed(name, hint, _INTEGERS, "an integer or None")
+            if not is_compiling():  # no kernel reads it, and a graph would be compiled for each
+                keywords[name] = hint
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks)
     if takes_operator(q):
         out, lse = ops.attention_varlen.default(*tensors, **keywords)

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "attention/score_scale.h"
 #include "kernels/backward/launch_sm90.h"
 #include "kernels/backward/prepare_packed.cuh"
 #include "kernels/backward/select.h"
@@ -156,6 +157,9 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
   return cudaSuccess;
 }
 
+bool has_queries(const BackwardParams& p) { return p.seqlen_q > 0 && (p.cu_seqlens_q || p.batch > 0); }
+bool has_keys(const BackwardParams& p) { return p.seqlen_k > 0; }
+
 // Of queries; packed: at most, of all parts.
 int64_t second_tiles_of_head(const BackwardParams& p, const Shape& shape) {
   return shape.packed ? max_packed_tiles(p.seqlen_q, p.batch, kSecondTileM) : ceil_div(p.seqlen_q, kSecondTileM);
@@ -215,7 +219,6 @@ Workspace workspace_at(void* memory, const BackwardParams& p, const Shape& shape
 }
 
 KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Workspace& w) {
-  constexpr double kLog2e = 1.4426950408889634;
   KernelParams kernel{};
   kernel.lse2 = w.lse2;
   kernel.delta = w.delta;
@@ -248,13 +251,12 @@ KernelParams kernel_params(const BackwardParams& p, const Shape& shape, const Wo
   kernel.seqlen_k = p.seqlen_k;
   kernel.head_dim = p.head_dim;
   kernel.head_dim_v = p.head_dim_v;
-  // The sign of the scale is in q. A scale of 0 must not meet a masked score of -inf; 1e-30 times any score of 16-bit
-  // elements is as good as 0.
-  const double scale = p.scale == 0 ? 1e-30 : std::abs(p.scale);
-  kernel.scale = static_cast<float>(std::abs(p.scale));
+  const double scale = std::abs(p.scale);  // its sign is in q
+  const ScoreScale of_scores = ScoreScale::of(scale, p.softcap);
+  kernel.scale = static_cast<float>(scale);
   kernel.dq_scale = static_cast<float>(p.scale);
-  kernel.score_scale = p.softcap > 0 ? static_cast<float>(scale / p.softcap) : 0.f;
-  kernel.to_log2 = static_cast<float>((p.softcap > 0 ? p.softcap : scale) * kLog2e);
+  kernel.score_scale = of_scores.before_tanh;
+  kernel.to_log2 = of_scores.to_log2;
   return kernel;
 }
 
@@ -306,7 +308,7 @@ RowParams row_params(const BackwardParams& p, const Shape& shape, const KernelPa
   RowParams rows{};
   rows.out = p.out;
   rows.dout = p.dout;
-  rows.dq = kernel.dq || shape.second_pass ? nullptr : p.dq;
+  rows.dq = kernel.dq || shape.second_pass || !has_keys(p) ? nullptr : p.dq;
   rows.out_stride = p.out_stride;
   rows.dout_stride = p.dout_stride;
   rows.dq_stride = p.dq_stride;
@@ -358,8 +360,6 @@ cudaError_t clear_gradients(const BackwardParams& p, cudaStream_t stream) {
   return status;
 }
 
-bool has_queries(const BackwardParams& p) { return p.seqlen_q > 0 && (p.cu_seqlens_q || p.batch > 0); }
-
 }  // namespace
 
 size_t backward_workspace_bytes(const BackwardParams& params) {
@@ -380,23 +380,23 @@ cudaError_t backward_sm90(const BackwardParams& params, void* workspace, cudaStr
   launch.rows = row_params(params, shape, launch.main, w);
   launch.row_tiles = shape.row_tiles;
   const int64_t portions = shape.whole_heads ? shape.heads_kv : shape.key_tiles * shape.heads_kv;
-  launch.blocks = params.seqlen_k > 0 ? std::min<int64_t>(blocks, portions) : 0;
-  if (launch.blocks > 0) status = make_tensor_maps(launch, params, shape);
-  if (launch.blocks > 0 && shape.second_pass) {
+  launch.blocks = has_keys(params) ? std::min<int64_t>(blocks, portions) : 0;
+  if (has_keys(params)) status = make_tensor_maps(launch, params, shape);
+  if (has_keys(params) && shape.second_pass) {
     set_second_pass(launch.second, params, shape, launch.main, w);
     launch.second_blocks = std::min<int64_t>(blocks, int64_t{launch.second.tiles} * launch.second.order.heads);
   }
   if (status == cudaSuccess && shape.packed) {
-    backward::prepare_packed<<<1, kPrepareThreads, 0, stream>>>(
-        {params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q, params.seqlen_k, shape.tile.tile_m,
-         shape.tile.tile_n, params.window, w.first_row_q, w.first_row_k, w.first_tile, w.num_packed, w.tiles,
-         w.second_tiles});
-    status = cudaGetLastError();
+    status = start(
+        backward::prepare_packed, {1, kPrepareThreads, 0}, stream,
+        backward::PrepareParams{params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q,
+                                params.seqlen_k, shape.tile.tile_m, shape.tile.tile_n, params.window, w.first_row_q,
+                                w.first_row_k, w.first_tile, w.num_packed, w.tiles, w.second_tiles});
   }
   if (status != cudaSuccess) return status;
   status = params.element == Element::kFloat16 ? launch_tile<__half>(launch, shape.index, stream)
                                                : launch_tile<__nv_bfloat16>(launch, shape.index, stream);
-  if (status == cudaSuccess && shape.second_pass && launch.blocks == 0) {  // no keys
+  if (status == cudaSuccess && !has_keys(params)) {
     const int64_t rows = (shape.packed ? 1 : int64_t{params.batch}) * params.seqlen_q;
     status = cudaMemsetAsync(params.dq, 0, rows * params.heads_q * params.head_dim * 2, stream);
   }

@@ -44,7 +44,8 @@ __device__ inline PackedPairTile packed_key_tile(const PrepareParams& p, int ind
   const int first_query = clamp(visible.first(tile.first_row), 0, tile.seqlen_q);
   length = ceil_div(tile.seqlen_q, p.tile_m) - first_query / p.tile_m;
   if (tile.first_row >= p.window.sink_tokens && p.window.left < tile.seqlen_q && p.window.right < tile.seqlen_q) {
-    length = min_of(length, (p.window.left + p.window.right + p.tile_n) / p.tile_m + 2);
+    const int64_t queries = int64_t{p.window.left} + p.window.right + p.tile_n;
+    length = min_of(length, static_cast<int>(queries / p.tile_m) + 2);
   }
   return tile;
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "attention/score_scale.h"
 #include "kernels/device.h"
 #include "kernels/forward/launch_sm90.h"
 #include "kernels/forward/prepare_packed.cuh"
@@ -84,7 +85,6 @@ cudaError_t launch_tile(const KernelParams& params, int index, int blocks, cudaS
 }
 
 KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
-  constexpr double kLog2e = 1.4426950408889634;
   KernelParams kernel{};
   kernel.out_rows = p.out;
   kernel.out_stride = p.out_stride;
@@ -98,10 +98,9 @@ KernelParams kernel_params(const ForwardParams& p, const ForwardTile& tile) {
   kernel.seqlen_q = p.seqlen_q;
   kernel.seqlen_k = p.seqlen_k;
   kernel.head_dim_v = p.head_dim_v;
-  // A scale of 0 must not meet a masked score of -inf; 1e-30 times any score of 16-bit elements is as good as 0.
-  const double scale = p.scale == 0 ? 1e-30 : p.scale;
-  kernel.score_scale = p.softcap > 0 ? static_cast<float>(scale / p.softcap) : 0.f;
-  kernel.to_log2 = static_cast<float>((p.softcap > 0 ? p.softcap : scale) * kLog2e);
+  const ScoreScale of_scores = ScoreScale::of(p.scale, p.softcap);
+  kernel.score_scale = of_scores.before_tanh;
+  kernel.to_log2 = of_scores.to_log2;
   kernel.tiles = ceil_div(p.seqlen_q, tile.tile_m);
 
   kernel.order = TileOrder::of_queries(p.heads_q * (p.cu_seqlens_q ? 1 : p.batch), p.heads_q / p.heads_kv,
@@ -137,6 +136,8 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
   int index = 0, blocks = 0;
   cudaError_t status = choose_tile(params, index, blocks);
   if (status != cudaSuccess) return status;
+  const int64_t heads = int64_t{params.heads_q} * (params.cu_seqlens_q ? 1 : params.batch);
+  if (heads > INT32_MAX) return cudaErrorInvalidValue;
   const ForwardTile& tile = kForwardTiles[index];
   KernelParams kernel = kernel_params(params, tile);
   status = make_tensor_maps(kernel, params, tile);
@@ -149,10 +150,10 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
     const int64_t tiles = max_packed_tiles(params.seqlen_q, params.batch, tile.tile_m) * kernel.order.heads;
     if (tiles > INT32_MAX) return cudaErrorInvalidValue;
     blocks = static_cast<int>(std::min<int64_t>(blocks, tiles));
-    forward::prepare_packed<<<1, kPrepareThreads, 0, stream>>>(
-        {params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q, params.seqlen_k, tile.tile_m,
-         tile.tile_n, params.window, w.next_tile, w.num_tiles, w.first_row, w.first_tile, w.tiles});
-    status = cudaGetLastError();
+    status = start(forward::prepare_packed, {1, kPrepareThreads, 0}, stream,
+                   forward::PrepareParams{params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q,
+                                          params.seqlen_k, tile.tile_m, tile.tile_n, params.window, w.next_tile,
+                                          w.num_tiles, w.first_row, w.first_tile, w.tiles});
   } else {
     const int64_t tiles = int64_t{kernel.tiles} * kernel.order.heads;
     if (tiles > INT32_MAX) return cudaErrorInvalidValue;
