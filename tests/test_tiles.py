@@ -175,12 +175,15 @@ def test_choice_of_the_second_pass_for_few_heads(head_dim, heads, longest, longe
     seqlen=st.integers(1, 9000),
     causal=st.booleans(),
     window=st.none() | st.integers(1, 9000),
+    sink_tokens=st.sampled_from([0, 0, 4]),
     packed=st.booleans(),
     heads_kv=st.integers(1, 300),
     group=st.integers(1, 16) | st.integers(1, 200),
     deterministic=st.booleans(),
 )
-def test_choice_of_splits(head_dim, softcap, seqlen, causal, window, packed, heads_kv, group, deterministic):
+def test_choice_of_splits(
+    head_dim, softcap, seqlen, causal, window, sink_tokens, packed, heads_kv, group, deterministic
+):
     """As few as leave seven tiles to four multiprocessors, or three beside a second pass of few tiles, and without one
     four query heads to a tile that walks long sequences; or, where all tiles are alike, the fewest that make the rounds
     shorter by a tenth."""
@@ -190,6 +193,7 @@ def test_choice_of_splits(head_dim, softcap, seqlen, causal, window, packed, hea
         head_dim,
         softcap,
         **problem,
+        sink_tokens=sink_tokens,
         packed=packed,
         heads_kv=heads_kv,
         group=group,
@@ -208,7 +212,7 @@ def test_choice_of_splits(head_dim, softcap, seqlen, causal, window, packed, hea
     elif causal or packed or (window or seqlen) < seqlen:
         beside = tile["second_pass"] and heads_kv * group * -(-seqlen // 128) <= 2 * 132
         enough = 132 * (3 if beside else 7) / 4
-        short = (causal and window is not None and window + 1 < 2048) or seqlen < 2048
+        short = (causal and window is not None and window + 1 < 2048 and not sink_tokens) or seqlen < 2048
         most = group if tile["second_pass"] or (short and not packed) else 4
         wanted = next((n for n in numbers if -(-group // n) <= most and tiles * n >= enough), numbers[-1])
     else:

@@ -62,6 +62,7 @@ class Problem:
         """What the backward uses for it."""
         return _tilewright.backward_tile(
             **self._choice(),
+            sink_tokens=self.options.get("sink_tokens", 0),
             packed=self.packed,
             deterministic=deterministic,
             heads_kv=self.heads_kv * len(self.lengths_q),

@@ -49,8 +49,8 @@ pybind11::dict forward_tile(int head_dim, int head_dim_v, bool softcap, int64_t 
 
 // What kernels/backward/select.h picks for a problem.
 pybind11::dict backward_tile(int head_dim, int head_dim_v, bool softcap, int seqlen_q, int seqlen_k,
-                             std::optional<int> window_left, std::optional<int> window_right, bool packed,
-                             bool deterministic, int64_t heads_kv, int group, int multiprocessors) {
+                             std::optional<int> window_left, std::optional<int> window_right, int sink_tokens,
+                             bool packed, bool deterministic, int64_t heads_kv, int group, int multiprocessors) {
   using namespace pybind11::literals;
   if (multiprocessors < 1) throw pybind11::value_error("multiprocessors must be at least 1");
   const tilewright::Window unbounded;
@@ -61,6 +61,7 @@ pybind11::dict backward_tile(int head_dim, int head_dim_v, bool softcap, int seq
                                             seqlen_k,
                                             window_left.value_or(unbounded.left),
                                             window_right.value_or(unbounded.right),
+                                            sink_tokens,
                                             deterministic,
                                             heads_kv * group,
                                             heads_kv,
@@ -110,8 +111,8 @@ PYBIND11_MODULE(_tilewright, module) {
       "backward_tile", &backward_tile, pybind11::arg("head_dim"), pybind11::arg("head_dim_v"),
       pybind11::arg("softcap") = false, pybind11::arg("seqlen_q") = 4096, pybind11::arg("seqlen_k") = 4096,
       pybind11::arg("window_left") = pybind11::none(), pybind11::arg("window_right") = pybind11::none(),
-      pybind11::arg("packed") = false, pybind11::arg("deterministic") = false, pybind11::arg("heads_kv") = 64,
-      pybind11::arg("group") = 1, pybind11::arg("multiprocessors") = 132,
+      pybind11::arg("sink_tokens") = 0, pybind11::arg("packed") = false, pybind11::arg("deterministic") = false,
+      pybind11::arg("heads_kv") = 64, pybind11::arg("group") = 1, pybind11::arg("multiprocessors") = 132,
       "The tile that the Hopper backward uses for a problem, whether dQ has a second pass, whether a block takes whole "
       "heads, and into how many splits the query heads of a key head are cut; heads_kv are counted over the batch.");
   module.def("backward_walk", &backward_walk, pybind11::arg("seqlen_q"), pybind11::arg("seqlen_k"),

@@ -83,10 +83,12 @@ void choose_order(const BackwardParams& p, Shape& shape) {
     const int64_t groups = std::max<int64_t>(over(shape.heads_kv, most), 1);
     heads = over(shape.heads_kv, groups);
   }
-  // Tiles of one split keep in step, those of several do not: as few splits at a time as will do, as many every time.
-  if (shape.splits > 1 && shape.uneven && !shape.overlapping) {
-    const int64_t heads_of_split = std::max<int64_t>(shape.heads_kv / shape.splits, 1);
-    int64_t at_once = std::min<int64_t>(over(shape.packed ? heads : needed, heads_of_split), shape.splits);
+  // Tiles of one split keep in step, those of several do not: as few splits at a time as will do, as many every time,
+  // if there is room for one. In turns few heads wait.
+  const int64_t heads_of_split = std::max<int64_t>(shape.heads_kv / shape.splits, 1);
+  if (shape.splits > 1 && shape.uneven && !shape.overlapping && heads_of_split <= heads) {
+    const int64_t at_work = shape.packed ? heads : shape.turns ? std::max(needed, blocks / 16) : needed;
+    int64_t at_once = std::min<int64_t>(over(at_work, heads_of_split), shape.splits);
     while (shape.splits % at_once != 0) ++at_once;
     heads = at_once * heads_of_split;
   }
@@ -117,6 +119,7 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
                                 ceil_div(p.seqlen_k, sequences),
                                 p.window.left,
                                 p.window.right,
+                                p.window.sink_tokens,
                                 p.deterministic,
                                 times * p.heads_q,
                                 times * p.heads_kv,

@@ -63,6 +63,7 @@ struct BackwardProblem {
   int seqlen_k;
   int left;   // of the window; a bound at seqlen_k or beyond is none
   int right;  // 0 is causal
+  int sink_tokens;
   bool deterministic;
   int64_t heads;     // of queries, times batch
   int64_t heads_kv;  // times batch
@@ -74,7 +75,7 @@ struct BackwardProblem {
   // Queries that see a key, at most.
   constexpr int span() const {
     const int64_t window = int64_t{left} + right + 1;
-    return window < seqlen_q ? static_cast<int>(window) : seqlen_q;
+    return sink_tokens == 0 && window < seqlen_q ? static_cast<int>(window) : seqlen_q;
   }
 };
 
