@@ -27,6 +27,9 @@ struct Divisor {
 static_assert(Divisor::of(1).divide(0x7fffffff) == 0x7fffffff && Divisor::of(7).divide(0x7fffffff) == 306783378 &&
               Divisor::of(3).divide(8) == 2 && Divisor::of(0x7fffffff).divide(0x7ffffffe) == 0);
 
+// So many tiles a call may have at most: each block takes a number behind the last, and all of them are ints.
+constexpr int64_t kMostTiles = INT32_MAX - (1 << 16);
+
 // The order in which tiles of queries are worked off: group after group of heads, in a group the longest tiles first
 // (the last rows of a causal sequence see the most keys), and of equally long tiles one of each head: heads that share
 // keys and values run at the same time.

@@ -7,8 +7,9 @@
 namespace tilewright::ops {
 namespace {
 
-// Row counts stay below it, so that position + Window::kUnbounded fits in an int.
-constexpr int64_t kRowLimit = Window::kUnbounded;
+// Positions, those of a tile behind the last row too, and Window::kUnbounded together fit in an int.
+constexpr int64_t kMostRows = 1'000'000'000;
+static_assert(kMostRows + Window::kUnbounded < INT32_MAX - 1024);
 constexpr int64_t kMaxHeadDim = 256;
 constexpr double kMostScale = 1e30;  // what is done in float32 stays far from its ends
 
@@ -71,8 +72,8 @@ void check_rows_and_head_dim(const Argument& argument) {
     fail(argument.name, " must have a contiguous last dimension (stride 1), got stride ", argument.last_stride());
   }
   for (int64_t dim = 0; dim + 1 < argument.rank; ++dim) {
-    if (argument.sizes[dim] >= kRowLimit) {
-      fail(argument.name, " must have fewer than 2**30 - 1 in every dimension but the last, got shape ",
+    if (argument.sizes[dim] > kMostRows) {
+      fail(argument.name, " must have at most 1,000,000,000 in every dimension but the last, got shape ",
            shape_text(argument.sizes, argument.rank));
     }
   }
@@ -205,7 +206,7 @@ Problem check_forward(const ForwardCall& call) {
     check_cu_seqlens(call.cu_seqlens_q, q);
     check_cu_seqlens(call.cu_seqlens_k, k);
     check_size(call.cu_seqlens_k, 0, "length", call.cu_seqlens_q, 0);
-    if (call.cu_seqlens_q.sizes[0] > kRowLimit) fail("cu_seqlens_q must have fewer than 2**30 elements");
+    if (call.cu_seqlens_q.sizes[0] > kMostRows) fail("cu_seqlens_q must have at most 1,000,000,000 elements");
     check_hint("max_seqlen_q", call.max_seqlen_q);
     check_hint("max_seqlen_k", call.max_seqlen_k);
   }

@@ -150,7 +150,7 @@ cudaError_t choose_shape(const BackwardParams& p, Shape& shape) {
     shape.heads.group = ceil_div(shape.heads.group, shape.splits);
     shape.heads_kv *= shape.splits;
   }
-  if (shape.row_tiles > INT32_MAX || shape.key_tiles * shape.heads_kv > INT32_MAX) return cudaErrorInvalidValue;
+  if (shape.row_tiles > kMostTiles || shape.key_tiles * shape.heads_kv > kMostTiles) return cudaErrorInvalidValue;
   const int64_t window =
       std::min<int64_t>(int64_t{p.window.left} + p.window.right + shape.tile.tile_n, problem.seqlen_q);
   const bool one_edge = p.window.left >= problem.seqlen_k || p.window.right >= problem.seqlen_k;

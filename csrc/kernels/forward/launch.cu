@@ -137,7 +137,7 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
   cudaError_t status = choose_tile(params, index, blocks);
   if (status != cudaSuccess) return status;
   const int64_t heads = int64_t{params.heads_q} * (params.cu_seqlens_q ? 1 : params.batch);
-  if (heads > INT32_MAX) return cudaErrorInvalidValue;
+  if (heads > kMostTiles) return cudaErrorInvalidValue;
   const ForwardTile& tile = kForwardTiles[index];
   KernelParams kernel = kernel_params(params, tile);
   status = make_tensor_maps(kernel, params, tile);
@@ -148,7 +148,7 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
     kernel.packed_tiles = w.tiles;
     kernel.num_packed_tiles = w.num_tiles;
     const int64_t tiles = max_packed_tiles(params.seqlen_q, params.batch, tile.tile_m) * kernel.order.heads;
-    if (tiles > INT32_MAX) return cudaErrorInvalidValue;
+    if (tiles > kMostTiles) return cudaErrorInvalidValue;
     blocks = static_cast<int>(std::min<int64_t>(blocks, tiles));
     status = start(forward::prepare_packed, {1, kPrepareThreads, 0}, stream,
                    forward::PrepareParams{params.cu_seqlens_q, params.cu_seqlens_k, params.batch, params.seqlen_q,
@@ -156,7 +156,7 @@ cudaError_t forward_sm90(const ForwardParams& params, void* workspace, cudaStrea
                                           w.num_tiles, w.first_row, w.first_tile, w.tiles});
   } else {
     const int64_t tiles = int64_t{kernel.tiles} * kernel.order.heads;
-    if (tiles > INT32_MAX) return cudaErrorInvalidValue;
+    if (tiles > kMostTiles) return cudaErrorInvalidValue;
     if (needs_counter(params, tile, blocks)) {
       kernel.next_tile = w.next_tile;
       status = start_overlapping(zero_counter, {1, 1, 0}, stream, CounterParams{w.next_tile});
