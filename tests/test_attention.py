@@ -103,6 +103,23 @@ def test_sinks_of_any_size(device, dtype):
     torch.testing.assert_close(lse[:, 2], lse_none[:, 2])
 
 
+def test_nan_in_a_query(device, dtype):
+    """Its out is NaN, and the rows around it have theirs. (Its lse may be -inf on a GPU, where it has no sink.)"""
+    for seqlen_k, options in ((90, {}), (300, {"causal": True}), (300, {"window": (40, 0)})):
+        q, k, v = cases.make(device, dtype, seqlen_q=70, seqlen_k=seqlen_k)
+        for sinks in (None, cases.make_sinks(2, device, dtype)):
+            out, lse = cases.call(q, k, v, sinks=sinks, **options)
+            sick = q.clone()
+            sick[:, 30] = float("nan")
+            sick_out, sick_lse = cases.call(sick, k, v, sinks=sinks, **options)
+            assert sick_out[:, 30].isnan().all()
+            assert device == "cuda" or sick_lse[..., 30].isnan().all()
+            others = torch.arange(70, device=device) != 30
+            close = {"rtol": 2e-2, "atol": 2e-2}  # a GPU may round the rows beside it in another way
+            torch.testing.assert_close(sick_out[:, others], out[:, others], **close)
+            torch.testing.assert_close(sick_lse[..., others], lse[..., others], **close)
+
+
 @pytest.mark.parametrize("scale", [None, 1.0, 0.01, 0.0, -0.3])
 def test_scale(device, dtype, scale):
     q, k, v = cases.make(device, dtype, seqlen_q=70, seqlen_k=90, head_dim=40)
