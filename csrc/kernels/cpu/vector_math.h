@@ -13,7 +13,7 @@ struct FloatFormat;
 
 template <>
 struct FloatFormat<float> {
-  using Bits = int32_t;
+  using Bits = uint32_t;  // of a NaN they wrap around
   static constexpr int kMantissa = 23;
   static constexpr Bits kBias = 127;
   static constexpr float kRound = 0x1.8p23f;               // adding it rounds to an integer, kept in the low bits
@@ -27,7 +27,7 @@ struct FloatFormat<float> {
 
 template <>
 struct FloatFormat<double> {
-  using Bits = int64_t;
+  using Bits = uint64_t;
   static constexpr int kMantissa = 52;
   static constexpr Bits kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
