@@ -92,7 +92,7 @@ constexpr bool select_second_pass(const BackwardProblem& problem, int head_dim) 
   if (head_dim <= 64) return few && length <= (problem.full() ? 512 : 1024);
   if (few) return true;
   const int64_t typical = int64_t{problem.packed ? 2 : 1} * length;
-  if (problem.full()) return typical <= (problem.deterministic ? 1024 : 512);
+  if (problem.full()) return typical <= 512;
   const bool few_keys =
       problem.heads_kv < problem.heads && problem.heads_kv * ceil_div(problem.seqlen_k, 128) <= enough;
   const int longest = problem.deterministic || few_keys ? 2048 : 1536;
